@@ -1,0 +1,27 @@
+"""Measure, explain, prevent and reproduce collapse in learning and dynamical systems.
+
+Submodules load on first use, so that `import uncollapse` stays light and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from uncollapse.errors import UncollapseError
+
+__version__ = "0.1.0.dev0"
+
+_ROOMS = frozenset({"measure", "policy", "tasks", "models", "integrations", "studies", "report", "runs", "catalogue"})
+
+__all__ = ["UncollapseError", "__version__", *sorted(_ROOMS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"uncollapse.{name}")
+    raise AttributeError(f"module 'uncollapse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

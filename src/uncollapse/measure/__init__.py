@@ -1,0 +1,1 @@
+"""Instruments: pure functions on arrays and tensors; no training, no I/O."""

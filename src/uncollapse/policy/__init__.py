@@ -1,0 +1,1 @@
+"""Reinforcement learning with verifiable rewards: recipes made of stages, on any engine."""

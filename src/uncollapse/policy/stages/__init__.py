@@ -1,0 +1,1 @@
+"""Generic stages that the field takes for granted."""

@@ -1,0 +1,1 @@
+"""One study a paper: claims fixed before the run, an experiment, a verdict."""

@@ -1,0 +1,1 @@
+"""Small exact systems on which studies run and engines are compared."""

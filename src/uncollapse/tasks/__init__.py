@@ -1,0 +1,1 @@
+"""Verifiable tasks: prompts, answers and verifiers that never execute model output."""
