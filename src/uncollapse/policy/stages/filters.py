@@ -1,0 +1,39 @@
+"""Filters: rows that leave the loss. Rows are never spliced; a filter only sets `keep`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uncollapse.policy.batch import Batch, Columns
+from uncollapse.policy.protocols import Needs, Scope
+from uncollapse.policy.stages.segments import equal_groups, group_index
+
+
+@dataclass(frozen=True)
+class DropDeadGroups:
+    """Drop groups whose scorable rewards are all equal: they carry no signal but dilute the mean.
+
+    Rewards are compared exactly, so that rounding noise is never taken for variance.
+    """
+
+    needs: Needs = frozenset({"reward", "group"})
+    gives: frozenset[str] = frozenset({"keep"})
+    scope: Scope = "rollout"
+
+    def __call__(self, batch: Batch) -> Columns:
+        """`keep`."""
+        index, groups = group_index(batch.group)
+        return {"keep": ~equal_groups(batch.reward, index, groups)[index]}
+
+
+@dataclass(frozen=True)
+class DropUnfinished:
+    """Drop rows cut off by the token limit (overlong filtering, DAPO)."""
+
+    needs: Needs = frozenset({"finished"})
+    gives: frozenset[str] = frozenset({"keep"})
+    scope: Scope = "rollout"
+
+    def __call__(self, batch: Batch) -> Columns:
+        """`keep`."""
+        return {"keep": batch.columns["finished"].bool()}

@@ -1,0 +1,75 @@
+"""Samplers: from prompts to scored rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from uncollapse.errors import ConfigError
+from uncollapse.policy.batch import Batch, Clock, join
+from uncollapse.policy.protocols import Engine, Needs
+from uncollapse.policy.stages.segments import equal_groups, group_index
+
+
+@dataclass(frozen=True)
+class PlainSampler:
+    """`samples` completions per prompt at `temperature`."""
+
+    samples: int = 8
+    temperature: float = 1.0
+    needs: Needs = field(default=frozenset(), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.temperature <= 0:
+            raise ConfigError(f"sampler: needs samples >= 1 and temperature > 0; got {self}")
+
+    def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
+        """Scored rows, `samples` for each prompt in order; `uid` is the row's number in the rollout batch."""
+        repeated = [prompt for prompt in prompts for _ in range(self.samples)]
+        batch = engine.generate(repeated, temperature=self.temperature, clock=clock)
+        uid = torch.arange(len(batch), device=batch.mask.device)
+        return engine.score(replace(batch, uid=uid).with_columns(group=uid // self.samples))
+
+
+@dataclass(frozen=True)
+class DynamicSampler:
+    """Fresh prompts in place of groups whose rewards are all equal (DAPO, arXiv 2503.14476).
+
+    At most `rounds` rounds of sampling. What is still dead after the last stays in the batch, where a dead-group
+    filter takes it out of the loss; DAPO samples without a limit, which never ends on data that is too hard.
+    """
+
+    samples: int = 16
+    temperature: float = 1.0
+    rounds: int = 3
+    needs: Needs = field(default=frozenset({"fresh_prompts"}), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or self.temperature <= 0 or self.rounds < 1:
+            raise ConfigError(f"dynamic-sampler: needs samples >= 2, temperature > 0 and rounds >= 1; got {self}")
+
+    def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
+        """Scored rows, as many as `PlainSampler` gives, live groups first."""
+        plain = PlainSampler(self.samples, self.temperature)
+        batch = plain(engine, prompts, clock)
+        for turn in range(1, self.rounds):
+            dead = self.dead_groups(batch)
+            missing = int(dead.sum()) // self.samples
+            if not missing:
+                break
+            again = plain(engine, engine.fresh_prompts(missing, clock, turn), replace(clock, update=turn))
+            batch = join([batch[~dead], again])
+            uid = torch.arange(len(batch), device=batch.mask.device)
+            batch = replace(batch, uid=uid).with_columns(group=uid // self.samples)
+        return batch
+
+    @staticmethod
+    def dead_groups(batch: Batch) -> Bool[Tensor, " row"]:
+        """Rows whose group has no two different scorable rewards."""
+        index, groups = group_index(batch.group)
+        return equal_groups(batch.reward, index, groups)[index]
