@@ -77,7 +77,9 @@ def covariance_profile(
     """
     for fraction in fractions:
         if not 0 < fraction <= 1:
-            raise ConfigError(f"fraction {fraction} is outside (0, 1]; fractions are shares, 0.2 % is 0.002")
+            raise ConfigError(
+                f"fraction {fraction:g} is outside (0, 1]; fractions are shares, 0.2 % is 0.002"
+            )
     top = covariance.detach()[mask.bool()].sort(descending=True).values
     top = top.to(torch.promote_types(top.dtype, torch.float32))
     n = top.numel()

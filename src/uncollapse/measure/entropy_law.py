@@ -88,7 +88,7 @@ class EntropyLaw:
         """
         if not 0 < level < 1:
             raise ConfigError(
-                f"level {level} is no confidence level; give a number between 0 and 1, such as 0.95"
+                f"level {level:g} is no confidence level; give a number between 0 and 1, such as 0.95"
             )
         from scipy.special import stdtrit  # a lazy import keeps the reading of logs light
 
@@ -108,7 +108,7 @@ class EntropyLaw:
         """
         if not 0 < fraction < 1:
             raise ConfigError(
-                f"fraction {fraction} is outside (0, 1); give the share of the points to fit, such as 0.15"
+                f"fraction {fraction:g} is outside (0, 1); give the share of the points to fit, such as 0.15"
             )
         head = ceil(fraction * self.n)
         if head >= self.n:
