@@ -1,4 +1,8 @@
-"""Statistics per position that stages may ask for, at the policy temperature. All in nats."""
+"""Statistics per position that stages may ask for, at the policy temperature. In nats, masses in [0, 1].
+
+Each names the instrument of `uncollapse.measure` that measures it; an engine measures all that are asked for in one
+pass.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from uncollapse.measure import statistics
+from uncollapse.measure.token_stats import token_stats_from_logits
 from uncollapse.policy.batch import Stat
 
 
 @dataclass(frozen=True)
-class Logp(Stat):
-    """log pi of the sampled token."""
+class Measured(Stat):
+    """A statistic of one policy's next-token distribution."""
+
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        raise NotImplementedError
 
     def of(
         self,
@@ -21,23 +32,28 @@ class Logp(Stat):
         token: Int[Tensor, " n"],
         other: Float[Tensor, "n vocab"] | None = None,
     ) -> Float[Tensor, " n"]:
-        """The log-probability."""
-        return torch.log_softmax(logits, dim=-1).gather(-1, token[:, None])[:, 0]
+        """The statistic at `n` positions."""
+        return token_stats_from_logits(logits, token, stats=(self.statistic,))[self.statistic]
 
 
 @dataclass(frozen=True)
-class Entropy(Stat):
+class Logp(Measured):
+    """log pi of the sampled token."""
+
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        return statistics.Logp()
+
+
+@dataclass(frozen=True)
+class Entropy(Measured):
     """Shannon entropy of the next-token distribution."""
 
-    def of(
-        self,
-        logits: Float[Tensor, "n vocab"],
-        token: Int[Tensor, " n"],
-        other: Float[Tensor, "n vocab"] | None = None,
-    ) -> Float[Tensor, " n"]:
-        """The entropy."""
-        logp = torch.log_softmax(logits, dim=-1)
-        return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1)
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        return statistics.Entropy()
 
 
 @dataclass(frozen=True)

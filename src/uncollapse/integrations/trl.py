@@ -1,0 +1,340 @@
+"""Any recipe in TRL: a `GRPOTrainer` that a script reaches by changing two lines.
+
+    from uncollapse.integrations.trl import GRPOTrainer       # instead of: from trl import GRPOTrainer
+    trainer = GRPOTrainer(..., recipe="clip-cov")
+
+Models, PEFT, accelerate, DeepSpeed, FSDP, vLLM, logging and data loading stay TRL's. The recipe takes the place of
+TRL's advantages, loss, reduction and regularizers; options of `GRPOConfig` that ask for another one are refused.
+
+Differs from TRL: reductions run over all rows of an optimiser step on all processes (TRL's `dapo` loss divides by
+the tokens of the whole generation batch; its `grpo` loss averages per micro-batch first).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import is_peft_model, use_adapter
+
+from uncollapse.errors import ConfigError
+from uncollapse.integrations.fused_forward import add_completion_stats, completion_stats, takes_position_ids
+from uncollapse.policy.batch import Batch, Clock, Stat
+from uncollapse.policy.metrics import rollout_metrics
+from uncollapse.policy.recipe import LossReport, Recipe
+from uncollapse.policy.recipe import recipe as registered
+from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
+from uncollapse.policy.stats import KL, Entropy, Logp
+
+STATE_FILE = "uncollapse_recipe.pt"
+
+OFFERS: frozenset[str | type[Stat]] = frozenset(
+    {"reward", "group", "ids", "length", "finished", "token_limit", "fresh_prompts", Stat}
+)
+"""What TRL can provide to a recipe; two policies' logits at once it cannot."""
+
+OWNED = (
+    "beta", "delta", "epsilon", "epsilon_high", "entropy_coef", "importance_sampling_level", "loss_type",
+    "mask_truncated_completions", "multi_objective_aggregation", "off_policy_mask_threshold", "scale_rewards",
+    "top_entropy_quantile", "use_adaptive_entropy", "use_liger_kernel",
+)  # fmt: skip
+"""Options of `GRPOConfig` that a stage of the recipe decides; anything but their default is refused."""
+
+
+class GRPOTrainer(trl.GRPOTrainer):
+    """TRL's `GRPOTrainer` with a recipe.
+
+    Args:
+        recipe: name of a registered recipe, or a `Recipe`. Group size and temperature are `num_generations` and
+            `temperature` of the config, as in TRL, and replace those of the recipe's sampler.
+
+    Everything else is an argument of TRL's trainer. Raises `ConfigError` for options that the recipe owns, for
+    batch sizes that it cannot run on, and for a recipe that needs what TRL cannot provide.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: trl.GRPOConfig | None = None,
+        *more: Any,
+        recipe: str | Recipe = "grpo",
+        **options: Any,
+    ) -> None:
+        args = trl.GRPOConfig("uncollapse-grpo") if args is None else args
+        chosen = registered(recipe) if isinstance(recipe, str) else copy.deepcopy(recipe)
+        sampler = replace(chosen.sampler, samples=args.num_generations, temperature=args.temperature)  # type: ignore[type-var]
+        self.recipe = replace(chosen, sampler=sampler)
+        _refuse(args, self.recipe)
+        reference = any(stat.whose == "ref" for stat in self.recipe.stats("rollout"))
+        settings = copy.copy(args)
+        # TRL holds a reference model only for its own KL penalty; the recipe's penalty replaces that.
+        settings.beta = 1.0 if reference else 0.0
+        super().__init__(model, reward_funcs, settings, *more, **options)
+        self.beta = settings.beta = 0.0
+        self._reads_reference = reference
+        if self.aux_loss_enabled or getattr(self, "_is_vlm", False):
+            raise ConfigError("mixture-of-experts and vision-language models cannot run a recipe yet; use a dense text model")
+        bare = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        add_completion_stats(bare, self.temperature)
+        self._positions = takes_position_ids(bare)
+        self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in bare.modules())
+        if self.ref_model is not None:
+            add_completion_stats(self.accelerator.unwrap_model(self.ref_model), self.temperature)
+        self._rollouts = 0
+        self._raw_rewards: Tensor | None = None
+        self._rollout: Batch | None = None
+        self._window: Batch | None = None
+
+    # ---- rollout -------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._raw_rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._finish_rollout()
+        clock = Clock(step=self._rollouts, total=self._planned_rollouts(), seed=self.args.seed)
+        output = super()._generate_and_score_completions(inputs)
+        batch = self._gathered(self._local_batch(output, clock))
+        self._rollout = self.recipe.prepare(batch)
+        self._log_rollout(batch, self._rollout)
+        local = len(output["prompt_ids"])
+        output["row"] = self.accelerator.process_index * local + torch.arange(local, device=self.accelerator.device)
+        self._rollouts += 1
+        return output
+
+    def _local_batch(self, output: Mapping[str, Any], clock: Clock) -> Batch:
+        mask = output["completion_mask"].bool()
+        length = mask.sum(dim=1)
+        if "tool_mask" in output:
+            mask = mask & output["tool_mask"].bool()
+        local = len(mask)
+        rows = self.accelerator.process_index * local + torch.arange(local, device=mask.device)
+        ids = output["completion_ids"]
+        last = ids.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
+        ends = torch.tensor(self.eos_token_ids, device=ids.device)
+        columns: dict[str, Any] = {
+            "ids": ids,
+            "reward": self._reward()[rows],
+            "group": rows // self.num_generations,
+            "length": length,
+            "finished": torch.isin(last, ends) & (length > 0),
+            "token_limit": torch.tensor(float(self.max_completion_length), device=ids.device),
+        }
+        if "importance_sampling_ratio" in output:
+            columns["weight"] = output["importance_sampling_ratio"].expand_as(mask) * mask
+        batch = Batch(uid=rows, mask=mask, columns=columns, clock=clock)
+        return batch.with_stats(self._rollout_stats(output, mask))
+
+    def _reward(self) -> Tensor:
+        """Weighted sum of the reward functions over all rows; NaN where none of them scored."""
+        matrix = self._raw_rewards
+        assert matrix is not None
+        total = (matrix * self.reward_weights.to(matrix.device)[None]).nansum(dim=1)
+        return total.masked_fill(torch.isnan(matrix).all(dim=1), torch.nan)
+
+    def _rollout_stats(self, output: Mapping[str, Any], mask: Tensor) -> dict[Stat, Tensor]:
+        wanted = self.recipe.stats("rollout") | {Entropy("old")}
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            found = self._measured(self.model, output, mask, [s for s in wanted if s.whose == "old"])
+            if self._reads_reference:
+                with self._reference() as reference:
+                    found |= self._measured(reference, output, mask, [s for s in wanted if s.whose == "ref"])
+        return found
+
+    def _reference(self) -> Any:
+        if self.ref_model is not None:
+            return nullcontext(self.ref_model)
+        return _adapter_off(self)
+
+    def _measured(self, model: Any, inputs: Mapping[str, Any], mask: Tensor, stats: list[Stat]) -> dict[Stat, Tensor]:
+        """Measure local rows, in pieces of the micro-batch's size unless gradient is needed."""
+        if not stats:
+            return {}
+        size = len(mask) if torch.is_grad_enabled() else self.args.per_device_train_batch_size
+        statistics = list(dict.fromkeys(stat.statistic for stat in stats))
+        pieces = []
+        for start in range(0, len(mask), size):
+            rows = slice(start, start + size)
+            names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+            part = {name: inputs[name][rows] for name in names}
+            with self.accelerator.autocast():
+                pieces.append(
+                    completion_stats(model, statistics, **part, counted=mask[rows], positions=self._positions)
+                )
+        whole = {s: torch.cat([piece[s] for piece in pieces]) for s in statistics}
+        return {stat: whole[stat.statistic] for stat in stats}
+
+    def _gathered(self, batch: Batch) -> Batch:
+        """The batch of all processes, rows in the order of their numbers."""
+        if self.accelerator.num_processes == 1:
+            return batch
+        gather, pad = self.accelerator.gather, self.accelerator.pad_across_processes
+
+        def whole(value: Tensor) -> Tensor:
+            if value.ndim == 0:
+                return value
+            return gather(pad(value, dim=1) if value.ndim == 2 else value)
+
+        columns = {name: whole(value) for name, value in sorted(batch.columns.items())}
+        stats = {stat: whole(value) for stat, value in sorted(batch.stats.items(), key=repr)}
+        return replace(batch, uid=whole(batch.uid), mask=whole(batch.mask), columns=columns, stats=stats)
+
+    # ---- one optimiser step --------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
+            self._plan_window()
+        return inputs
+
+    def _plan_window(self) -> None:
+        """Plan over the rows of all micro-batches, on all processes, up to the next optimiser step."""
+        start = self._step % self.args.steps_per_generation
+        accumulated = self._buffered_inputs[start : start + self.args.gradient_accumulation_steps]
+        local = torch.cat([inputs["row"] for inputs in accumulated])
+        rows = self.accelerator.gather(local)
+        update = (self._step % self._generate_every()) // self.args.gradient_accumulation_steps
+        rollout = self._rollout
+        assert rollout is not None
+        mini = replace(rollout[rows], clock=replace(rollout.clock, update=update))
+        if self.recipe.has("minibatch"):
+            mini = mini.old_as_now() if update == 0 and not self._dropout else self._measured_now(mini, accumulated)
+        self._window = self.recipe.plan(mini)
+        # Rows are known to the micro-batches by their number in the rollout; find them in the window.
+        self._place = torch.full((len(rollout),), -1, dtype=torch.long, device=rows.device)
+        self._place[rows] = torch.arange(len(rows), device=rows.device)
+
+    def _measured_now(self, mini: Batch, accumulated: list[Any]) -> Batch:
+        """The window with the current policy's statistics: one forward pass without gradient."""
+        stats = sorted(self.recipe.stats("plan"), key=repr)
+        found: list[dict[Stat, Tensor]] = []
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for inputs in accumulated:
+                found.append(self._measured(self.model, inputs, self._rollout.mask[inputs["row"]], stats))  # type: ignore[union-attr]
+        local = {stat: torch.cat([piece[stat] for piece in found]) for stat in stats}
+        return mini.with_stats({stat: self.accelerator.gather(value) for stat, value in local.items()})
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        window = self._window
+        assert window is not None
+        micro = window[self._place[inputs["row"]]]
+        wanted = sorted(self.recipe.stats("loss") | {Logp("now")}, key=repr)
+        time = inputs["completion_ids"].shape[1]
+        values = self._measured(model, inputs, micro.mask[:, :time], wanted)
+        wide = micro.mask.shape[1] - time
+        if wide:
+            values = {stat: torch.nn.functional.pad(value, (0, wide)) for stat, value in values.items()}
+        report = self.recipe.loss(micro.with_stats(values))
+        self._log_loss(report)
+        # Data parallelism averages gradients over processes; the weight maps already span them all.
+        return report.loss * self.accelerator.num_processes
+
+    # ---- metrics -------------------------------------------------------------------------------------------
+
+    def _log_loss(self, report: LossReport) -> None:
+        """Add up what the micro-batches report; one number per optimiser step."""
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            self._sums: dict[str, Tensor] = {}
+        for name, value in report.terms.items():
+            self._sums[f"loss/{name}"] = self._sums.get(f"loss/{name}", 0) + torch.stack([value, torch.zeros_like(value)])
+        for name, (total, weight) in report.metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + torch.stack([total, weight])
+        if self.accelerator.sync_gradients:
+            for name, pair in sorted(self._sums.items()):
+                total, weight = self.accelerator.reduce(pair, reduction="sum").tolist()
+                value = total if name.startswith("loss/") else total / max(weight, 1.0)
+                self._metrics["train"][name].append(value)
+
+    def _finish_rollout(self) -> None:
+        """Let the recipe's memory see the last rollout, all of whose updates are done."""
+        if self._rollout is not None:
+            self.recipe.observe(self._rollout)
+            self._rollout = None
+
+    def _log_rollout(self, raw: Batch, prepared: Batch) -> None:
+        for name, value in rollout_metrics(raw, prepared).items():
+            self._metrics["train"][name].append(value)
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _updates_per_rollout(self) -> int:
+        return self._generate_every() // self.args.gradient_accumulation_steps
+
+    def _planned_rollouts(self) -> int | None:
+        steps = self.state.max_steps
+        return -(-steps // self._updates_per_rollout()) if steps and steps > 0 else None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.state.global_step % self._updates_per_rollout():
+            raise ConfigError(
+                f"a checkpoint at optimiser step {self.state.global_step} would fall inside a rollout of "
+                f"{self._updates_per_rollout()} steps and could not be resumed exactly; set save_steps to a multiple of it"
+            )
+        self._finish_rollout()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state = {"rollouts": self._rollouts, **self.recipe.state_dict()}
+            partial = folder / f"{STATE_FILE}.part"
+            torch.save(state, partial)
+            os.replace(partial, folder / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_FILE
+        if not path.exists():
+            raise ConfigError(f"{checkpoint} was not written with a recipe (no {STATE_FILE}); start a new run from its weights")
+        state = torch.load(path, weights_only=True)
+        self._rollouts = int(state.pop("rollouts"))
+        self.recipe.load_state_dict(state)
+
+
+def _adapter_off(trainer: GRPOTrainer) -> Any:
+    """The policy with its adapter disabled, which is the reference of a PEFT run."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    context = use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
+
+    @contextmanager
+    def reference() -> Iterator[Any]:
+        with context:
+            yield trainer.model
+
+    return reference()
+
+
+def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
+    """Raise `ConfigError` for what the recipe owns, cannot run on, or needs in vain."""
+    defaults = {field.name: field.default for field in fields(trl.GRPOConfig)}
+    changed = [name for name in OWNED if getattr(args, name) != defaults[name]]
+    if changed:
+        told = ", ".join(f"{name}={getattr(args, name)!r}" for name in changed)
+        raise ConfigError(f"{told}: the recipe {recipe.name!r} decides this; leave the default and change the recipe")
+    if args.steps_per_generation % args.gradient_accumulation_steps:
+        raise ConfigError(
+            f"steps_per_generation={args.steps_per_generation} must be a multiple of gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}: a recipe plans over all rows of an optimiser step"
+        )
+    if not isinstance(recipe.sampler, PlainSampler):
+        raise ConfigError(f"TRL cannot run the sampler {type(recipe.sampler).__name__} yet; use plain-sampler")
+    recipe.check("TRL", OFFERS)
