@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import is_peft_model, use_adapter
+
+from trl.trainer.utils import use_adapter
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.fused_forward import add_completion_stats, completion_stats, takes_position_ids

@@ -20,6 +20,8 @@ Differs from the paper / the official code:
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -27,10 +29,20 @@ from torch import Tensor
 from uncollapse.errors import ConfigError
 from uncollapse.measure.covariance import CovarianceProfile, covariance_profile, token_covariance
 from uncollapse.measure.entropy_law import EntropyLaw, compare_laws, fit_entropy_law, fit_straight_line
+from uncollapse.policy.baselines import grpo
+from uncollapse.policy.batch import Batch, Columns, TokenMap
+from uncollapse.policy.protocols import Needs, Scope
+from uncollapse.policy.recipe import Weighted, register
+from uncollapse.policy.reduction import Mean
+from uncollapse.policy.stages.filters import DropDeadGroups
+from uncollapse.policy.stages.surrogates import PPOClip, Unclipped, log_ratio
+from uncollapse.policy.stats import Logp
 
 __all__ = [
+    "ClipCov",
     "CovarianceProfile",
     "EntropyLaw",
+    "KLCov",
     "clip_cov_loss",
     "clip_cov_mask",
     "compare_laws",
@@ -279,3 +291,100 @@ def _first(order: Tensor, count: int, eligible: Tensor) -> Tensor:
     chosen = torch.zeros(eligible.numel(), dtype=torch.bool, device=eligible.device)
     chosen[order[:count]] = True
     return chosen.view(eligible.shape) & eligible
+
+
+# ---- stages and recipes ------------------------------------------------------------------------------------
+
+
+def _covariance(batch: Batch) -> TokenMap:
+    return token_covariance(batch.stats[Logp("now")], batch.advantage, batch.mask)
+
+
+@dataclass(frozen=True)
+class ClipCov:
+    """Weight 0 on the tokens that `clip_cov_mask` chooses, 1 elsewhere; they still count in the mean.
+
+    `fraction` of the trainable tokens, covariance bounds `low` and `high` (nats times the unit of the advantage). The
+    pool is the optimiser step by default; `scope="rollout"` decides once from the old policy and costs no forward
+    pass, `scope="microbatch"` is what the released code does.
+    """
+
+    fraction: float = 2e-4
+    low: float = 1.0
+    high: float = 5.0
+    scope: Scope = "minibatch"
+    needs: Needs = frozenset({"advantage", "clipped", Logp("now")})
+    gives: frozenset[str] = frozenset({"weight"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1 or self.low >= self.high:
+            raise ConfigError(f"clip-cov: needs 0 < fraction <= 1 and low < high; got {self.fraction}, {self.low}, {self.high}")
+
+    def __call__(self, batch: Batch) -> Columns:
+        """`weight`."""
+        dropped = clip_cov_mask(
+            _covariance(batch),
+            batch.mask,
+            self.fraction,
+            self.low,
+            self.high,
+            batch.columns["clipped"],
+            uniform=batch.clock.uniform(batch.uid, batch.mask.shape[1], "clip-cov"),
+        )
+        return {"weight": (~dropped).to(batch.advantage.dtype)}
+
+
+@dataclass(frozen=True)
+class KLCov:
+    """`|log pi - log pi_old|` at the tokens that `kl_cov_mask` chooses, 0 elsewhere.
+
+    With one optimiser step per rollout batch the penalty and its gradient are exactly 0.
+    """
+
+    fraction: float = 2e-3
+    skip_flat: bool = False
+    scope: Scope = "minibatch"
+    needs: Needs = frozenset({"advantage", "old_logp", Logp("now")})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"kl-cov: needs 0 < fraction <= 1; got {self.fraction}")
+
+    def decide(self, batch: Batch) -> Columns:
+        """The penalised tokens."""
+        uniform = batch.clock.uniform(batch.uid, batch.mask.shape[1], "kl-cov")
+        chosen = kl_cov_mask(
+            _covariance(batch), batch.mask, self.fraction, uniform=uniform, skip_flat=self.skip_flat
+        )
+        return {"penalised": chosen}
+
+    def __call__(self, batch: Batch, own: Columns) -> TokenMap:
+        """Unreduced penalty (nats)."""
+        return torch.where(own["penalised"], log_ratio(batch).abs(), 0.0)
+
+
+clip_cov = register(
+    replace(
+        grpo,
+        name="clip-cov",
+        paper="2505.22617",
+        summary="Drops the gradient of a random few of the tokens whose covariance burns entropy.",
+        filters=(DropDeadGroups(),),
+        surrogate=PPOClip(low=1.0, high=1.0),
+        weights=(ClipCov(),),
+        mean=Mean(),
+    )
+)
+
+kl_cov = register(
+    replace(
+        grpo,
+        name="kl-cov",
+        paper="2505.22617",
+        summary="Penalises leaving the old policy at the tokens with the largest covariance.",
+        filters=(DropDeadGroups(),),
+        surrogate=Unclipped(),
+        regularizers=(Weighted(KLCov(), coef=1.0),),
+        mean=Mean(),
+    )
+)
