@@ -31,6 +31,7 @@ from trl.trainer.utils import use_adapter
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.fused_forward import add_completion_stats, completion_stats, takes_position_ids
+from uncollapse.integrations.rounds import fill_dead
 from uncollapse.policy.batch import Batch, Clock, Stat
 from uncollapse.policy.metrics import rollout_metrics
 from uncollapse.policy.recipe import LossReport, Recipe
@@ -109,28 +110,55 @@ class GRPOTrainer(trl.GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         self._finish_rollout()
         clock = Clock(step=self._rollouts, total=self._planned_rollouts(), seed=self.args.seed)
-        output = super()._generate_and_score_completions(inputs)
-        batch = self._gathered(self._local_batch(output, clock))
+        output, reward = self._sampled(inputs, clock)
+        batch = self._gathered(self._local_batch(output, reward, clock))
         self._rollout = self.recipe.prepare(batch)
         self._log_rollout(batch, self._rollout)
-        local = len(output["prompt_ids"])
-        output["row"] = self.accelerator.process_index * local + torch.arange(local, device=self.accelerator.device)
+        output["row"] = self._local_rows(len(reward))
         self._rollouts += 1
         return output
 
-    def _local_batch(self, output: Mapping[str, Any], clock: Clock) -> Batch:
+    def _local_rows(self, count: int) -> Tensor:
+        """Numbers of this process's rows in the rollout batch of all."""
+        return self.accelerator.process_index * count + torch.arange(count, device=self.accelerator.device)
+
+    def _sampled(self, inputs: list[dict[str, Any]], clock: Clock) -> tuple[dict[str, Any], Tensor]:
+        """TRL's generation batch of this process and its rewards, sampled as the recipe's sampler says."""
+        generate = super()._generate_and_score_completions
+
+        def sample(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
+            output = generate(rows)
+            return output, self._reward()[self._local_rows(len(rows))]
+
+        if isinstance(self.recipe.sampler, PlainSampler):
+            return sample(inputs)
+        groups = len(inputs) // self.num_generations
+        output, reward, generated = fill_dead(
+            sample,
+            inputs,
+            self.train_dataset,
+            size=self.num_generations,
+            rounds=self.recipe.sampler.rounds,
+            clock=clock,
+            first=self.accelerator.process_index * groups,
+            most=lambda count: int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max()),
+            pad_id=self._tokenizer.pad_token_id,
+        )
+        self._metrics["train"]["sampler/oversampling"].append(generated / len(inputs))
+        return output, reward
+
+    def _local_batch(self, output: Mapping[str, Any], reward: Tensor, clock: Clock) -> Batch:
         mask = output["completion_mask"].bool()
         length = mask.sum(dim=1)
         if "tool_mask" in output:
             mask = mask & output["tool_mask"].bool()
-        local = len(mask)
-        rows = self.accelerator.process_index * local + torch.arange(local, device=mask.device)
+        rows = self._local_rows(len(mask))
         ids = output["completion_ids"]
         last = ids.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
         ends = torch.tensor(self.eos_token_ids, device=ids.device)
         columns: dict[str, Any] = {
             "ids": ids,
-            "reward": self._reward()[rows],
+            "reward": reward,
             "group": rows // self.num_generations,
             "length": length,
             "finished": torch.isin(last, ends) & (length > 0),
@@ -337,6 +365,12 @@ def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
             f"steps_per_generation={args.steps_per_generation} must be a multiple of gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps}: a recipe plans over all rows of an optimiser step"
         )
-    if not isinstance(recipe.sampler, PlainSampler):
-        raise ConfigError(f"TRL cannot run the sampler {type(recipe.sampler).__name__} yet; use plain-sampler")
+    if isinstance(recipe.sampler, DynamicSampler):
+        if (args.per_device_train_batch_size * args.steps_per_generation) % args.num_generations:
+            raise ConfigError(
+                "dynamic-sampler needs whole groups on each process: make per_device_train_batch_size * "
+                f"steps_per_generation a multiple of num_generations={args.num_generations}"
+            )
+    elif not isinstance(recipe.sampler, PlainSampler):
+        raise ConfigError(f"TRL cannot run the sampler {type(recipe.sampler).__name__}")
     recipe.check("TRL", OFFERS)

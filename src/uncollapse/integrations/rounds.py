@@ -1,0 +1,98 @@
+"""Rounds of sampling in TRL: fresh prompts in place of groups whose rewards are all equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from uncollapse.policy.batch import Clock
+
+LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
+
+
+def dead_groups(reward: Float[Tensor, " row"], size: int) -> Bool[Tensor, " group"]:
+    """Which groups of `size` consecutive rows have no two different scorable rewards (compared exactly)."""
+    grouped = reward.reshape(-1, size)
+    high = grouped.nan_to_num(nan=-torch.inf).amax(dim=1)
+    low = grouped.nan_to_num(nan=torch.inf).amin(dim=1)
+    return low >= high
+
+
+def fresh_rows(dataset: Any, count: int, first: int, clock: Clock, turn: int) -> list[Any]:
+    """`count` rows of the data set, chosen by a hash of clock, turn and place (`first` + 0, 1, ...)."""
+    places = torch.arange(first, first + count)
+    chosen = (clock.uniform(places, 1, f"fresh-prompts/{turn}")[:, 0] * len(dataset)).long()
+    return [dataset[int(index)] for index in chosen]
+
+
+def replace_rows(
+    output: Mapping[str, Any], fresh: Mapping[str, Any], into: Int[Tensor, " n"], source: Int[Tensor, " n"], pad_id: int
+) -> dict[str, Any]:
+    """The generation batch `output` with rows `into` taken from rows `source` of `fresh`, padded to the longer."""
+    merged: dict[str, Any] = {}
+    for name, old in output.items():
+        new = fresh.get(name)
+        if isinstance(old, Tensor) and old.ndim > 0 and isinstance(new, Tensor):
+            fill = pad_id if name.endswith("_ids") else 0
+            old, new = _same_width(old, new, fill, left=name in LEFT_PADDED)
+            old = old.clone()
+            old[into] = new[source]
+        merged[name] = old
+    return merged
+
+
+def _same_width(old: Tensor, new: Tensor, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    if old.ndim < 2:
+        return old, new
+    width = max(old.shape[1], new.shape[1])
+
+    def widen(value: Tensor) -> Tensor:
+        missing = width - value.shape[1]
+        return torch.nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill)
+
+    return widen(old), widen(new)
+
+
+def fill_dead(
+    sample: Callable[[list[Any]], tuple[dict[str, Any], Float[Tensor, " row"]]],
+    inputs: list[Any],
+    dataset: Any,
+    *,
+    size: int,
+    rounds: int,
+    clock: Clock,
+    first: int,
+    most: Callable[[int], int],
+    pad_id: int,
+) -> tuple[dict[str, Any], Float[Tensor, " row"], int]:
+    """Sample a batch, then up to `rounds - 1` times fresh prompts for its dead groups.
+
+    `sample` generates and scores rows of this process; `most` takes the largest count over all processes, since all
+    have to generate equally often; `first` numbers this process's groups. Returns the batch, its rewards and the
+    number of rows generated.
+    """
+    output, reward = sample(inputs)
+    generated = len(reward)
+    for turn in range(1, rounds):
+        dead = dead_groups(reward, size).nonzero()[:, 0]
+        count = most(len(dead))
+        if not count:
+            break
+        rows = fresh_rows(dataset, count, first, clock, turn)
+        again, scores = sample([dict(row) for row in rows for _ in range(size)])
+        generated += len(scores)
+        live = (~dead_groups(scores, size)).nonzero()[:, 0]
+        pairs = min(len(dead), len(live))
+        into, source = _rows(dead[:pairs], size), _rows(live[:pairs], size)
+        output = replace_rows(output, again, into, source, pad_id)
+        reward = reward.clone()
+        reward[into] = scores[source]
+    return output, reward, generated
+
+
+def _rows(group: Int[Tensor, " group"], size: int) -> Int[Tensor, " row"]:
+    return (group[:, None] * size + torch.arange(size, device=group.device)).reshape(-1)

@@ -1,0 +1,245 @@
+"""Recipes in TRL: equal to TRL's own loss, to the testbed, at any accumulation, and exact over a resume."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy
+
+from uncollapse.errors import ConfigError
+from uncollapse.integrations.trl import GRPOTrainer
+from uncollapse.policy.batch import Batch
+from uncollapse.policy.recipe import Weighted, recipe, recipes
+from uncollapse.policy.stages.regularizers import KLPenalty
+from uncollapse.studies.testbeds.engine import LogitsEngine
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def scripted(prompts, trainer):
+    """Completions that depend on the prompt's text and its place among equal prompts alone."""
+    seen: dict[str, int] = {}
+    ids, completions = [], []
+    for prompt in prompts:
+        place = seen[prompt] = seen.get(prompt, -1) + 1
+        generator = torch.Generator().manual_seed(sum(map(ord, prompt)) * 31 + place)
+        length = int(torch.randint(1, 7, (1,), generator=generator))
+        tokens = torch.randint(2, len(toy.VOCABULARY), (length,), generator=generator).tolist()
+        completions.append(tokens if length == 6 else [*tokens[:-1], 1])
+        ids.append(trainer.processing_class(prompt)["input_ids"])
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+
+class Gradients(TrainerCallback):
+    """Keeps the model before each optimiser step and its gradient."""
+
+    def __init__(self):
+        self.models, self.gradients = [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.models.append({k: v.detach().clone() for k, v in model.state_dict().items()})
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+
+
+def run(tmp_path, trainer_class=GRPOTrainer, model=None, **changes):
+    extra = {key: changes.pop(key) for key in ("recipe", "reward", "peft_config") if key in changes}
+    reward = extra.pop("reward", toy.digit_share)
+    keep = Gradients()
+    trainer = trainer_class(
+        model or toy.llama(),
+        reward,
+        toy.config(tmp_path, **({"max_grad_norm": 0.0} | changes)),
+        train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(),
+        rollout_func=scripted,
+        callbacks=[keep],
+        **extra,
+    )
+    trainer.train()
+    return trainer, keep
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_plain_grpo_equals_the_loss_and_gradient_of_trl(tmp_path):
+    ours, mine = run(tmp_path / "a", recipe="grpo")
+    theirs, other = run(tmp_path / "b", trl.GRPOTrainer, loss_type="grpo")
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-6)
+    for a, b in zip(mine.gradients[0], other.gradients[0], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "clip-cov", "kl-cov"])
+def test_gradient_accumulation_changes_nothing(tmp_path, name):
+    whole, a = run(tmp_path / "a", recipe=name, per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    split, b = run(tmp_path / "b", recipe=name, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert losses(split) == pytest.approx(losses(whole), abs=1e-6)
+    for x, y in zip(a.gradients[0], b.gradients[0], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+@dataclass
+class TransformersLab:
+    """The logits of a transformers model, row by row and without padding."""
+
+    token_limit: int = 6
+
+    def logits(self, policy, prompts, ids):
+        rows = []
+        for prompt, row in zip(prompts, ids, strict=True):
+            tokens = torch.cat([torch.tensor(prompt), row])[None]
+            rows.append(policy(tokens).logits[0, len(prompt) - 1 : -1])
+        return torch.stack(rows)
+
+    def sample(self, policy, prompts, *, temperature, seed):
+        raise NotImplementedError
+
+    def reward(self, prompts, ids, mask):
+        raise NotImplementedError
+
+    def fresh_prompts(self, count, *, seed):
+        raise NotImplementedError
+
+
+class Recording(GRPOTrainer):
+    """Keeps the raw rollout batch with the prompts of its rows."""
+
+    def _local_batch(self, output, reward, clock):
+        batch = super()._local_batch(output, reward, clock)
+        prompts = [row[keep.bool()].tolist() for row, keep in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
+        self.raw = replace(batch, stats={}).with_columns(prompt=prompts)
+        self.weights_then = copy.deepcopy(self.model.state_dict())
+        return batch
+
+    def _plan_window(self):
+        super()._plan_window()
+        self.windows = [*getattr(self, "windows", []), self._window]
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if n != "dapo"])
+def test_conformance_with_the_testbed(tmp_path, name):
+    trainer, keep = run(
+        tmp_path, Recording, toy.llama(dtype=torch.float64), recipe=name, gradient_accumulation_steps=2,
+        steps_per_generation=4, per_device_train_batch_size=4, learning_rate=5e-2,
+    )  # fmt: skip
+    method = recipe(name)
+    # Float32 rewards come from TRL; everything else is float64.
+    model = toy.llama(dtype=torch.float64)
+    model.load_state_dict(trainer.weights_then)
+    engine = LogitsEngine(TransformersLab(), model)
+    batch = method.prepare(engine.measure(trainer.raw, method.stats("rollout")))
+    for update, window in enumerate(trainer.windows):
+        model.load_state_dict(keep.models[update])
+        mini = replace(batch[window.uid], clock=window.clock)
+        if method.has("minibatch"):
+            mini = engine.measure(mini, method.stats("plan"))
+        planned = method.plan(mini)
+        for column, value in planned.columns.items():
+            if column.startswith(("map/", "own/")) or column in ("advantage", "weight"):
+                torch.testing.assert_close(window.columns[column].double(), value.double(), atol=1e-9, rtol=1e-6)
+        model.zero_grad()
+        method.loss(engine.measure(planned, method.stats("loss"), grad=True)).loss.backward()
+        for ours, reference in zip(keep.gradients[update], model.parameters(), strict=True):
+            torch.testing.assert_close(ours, reference.grad, atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip-cov", "adaptive-entropy"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
+    def train(folder, steps, resume=None):
+        trainer = GRPOTrainer(
+            toy.llama(), toy.digit_share,
+            toy.config(folder, max_steps=steps, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2,
+                       steps_per_generation=4),
+            train_dataset=toy.prompts(), processing_class=toy.tokenizer(), recipe=name,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = train(tmp_path / "whole", 6)
+    train(tmp_path / "cut", 2)
+    resumed = train(tmp_path / "cut", 6, str(tmp_path / "cut" / "checkpoint-2"))
+    assert resumed.recipe.state_dict() == whole.recipe.state_dict()
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    run(tmp_path, recipe="grpo", save_strategy="steps", save_steps=2)
+    other = GRPOTrainer(
+        toy.llama(), toy.digit_share, toy.config(tmp_path, max_steps=4), train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(), recipe="adaptive-entropy",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="checkpoint is of recipe 'grpo', this run is of 'adaptive-entropy'"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.1}, "beta=0.1: the recipe 'grpo' decides this"),
+        ({"loss_type": "dr_grpo"}, "loss_type='dr_grpo'"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, "must be a multiple of"),
+    ],
+)
+def test_options_that_the_recipe_owns_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, recipe="grpo", **changes)
+
+
+def test_a_reference_policy_is_there_when_a_penalty_reads_it_and_only_then(tmp_path):
+    from peft import LoraConfig
+
+    penalised = replace(recipe("grpo"), name="grpo-kl", regularizers=(Weighted(KLPenalty("ref", "k3"), coef=0.1),))
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer, keep = run(tmp_path, recipe=penalised, peft_config=lora)
+    first = [row for row in trainer.state.log_history if "loss/KLPenalty" in row][0]
+    assert first["loss/KLPenalty"] > 0  # the adapter is not zero at the start, so it differs from its base
+    assert any(g is not None and g.abs().sum() > 0 for g in keep.gradients[0])
+    plain, _ = run(tmp_path / "plain", recipe="grpo")
+    assert plain.ref_model is None
+
+
+def test_an_unscorable_row_is_named_and_leaves_the_loss(tmp_path):
+    def sometimes(prompts, completions, **columns):
+        return [None if i == 5 else float(len(text)) for i, text in enumerate(completions)]
+
+    with pytest.warns(UserWarning, match=r"1 of 8 rewards are NaN \(rows 5\)"):
+        trainer, keep = run(tmp_path, recipe="grpo", reward=sometimes, max_steps=1)
+    assert not trainer._window.mask[trainer._window.uid == 5].any()
+    assert all(torch.isfinite(g).all() for g in keep.gradients[0] if g is not None)
+
+
+def test_dynamic_sampling_replaces_dead_groups(tmp_path):
+    def odd_prompts_are_dead(prompts, completions, **columns):
+        return [0.0 if int(p.split("=")[0].split("+")[0]) % 2 else float(len(c)) for p, c in zip(prompts, completions, strict=True)]
+
+    trainer, _ = run(tmp_path, recipe="dapo", reward=odd_prompts_are_dead, per_device_train_batch_size=16)
+    logged = [row for row in trainer.state.log_history if "sampler/oversampling" in row]
+    assert logged[0]["sampler/oversampling"] > 1
+    assert logged[0]["reward/zero_variance_groups"] < 0.5
+
+
+def test_gpt2_with_absolute_positions_and_padding(tmp_path):
+    trainer, _ = run(tmp_path, Recording, toy.gpt2(), recipe="grpo", max_steps=1)
+    model = toy.gpt2()
+    model.load_state_dict(trainer.weights_then)
+    engine = LogitsEngine(TransformersLab(), model)
+    raw: Batch = trainer.raw
+    method = recipe("grpo")
+    reference = engine.measure(raw, method.stats("rollout")).stats
+    for stat in method.stats("rollout"):
+        torch.testing.assert_close(trainer._rollout.stats[stat], reference[stat], atol=1e-5, rtol=1e-5)
