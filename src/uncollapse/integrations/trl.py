@@ -217,6 +217,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         def whole(value: Tensor) -> Tensor:
             if value.ndim == 0:
                 return value
+            if value.dtype == torch.bool:  # padding would turn it into integers on some processes only
+                return whole(value.to(torch.uint8)).bool()
             return gather(pad(value, dim=1) if value.ndim == 2 else value)
 
         columns = {name: whole(value) for name, value in sorted(batch.columns.items())}
