@@ -1,0 +1,150 @@
+"""Where tiles of logits come from and where their gradients go: an LM head, or logits in hand.
+
+Both answer the same five questions (`blocks`, `tile`, `sampled`, `add`, `add_sampled`), so that the statistics
+are written once. Tiles are scaled by 1/temperature and are at least float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from uncollapse.measure.statistics import row_dot
+
+# Elements of logits held at once. On a CPU a streamed tile and its exponential should stay in the caches,
+# and a block of whole rows be high enough for an efficient product; elsewhere kernel launches count.
+STREAM_CPU, ROWS_CPU, ACCELERATOR = 2**19, 2**22, 2**25
+BLOCK_ROWS = 2048
+
+Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+Where: TypeAlias = slice | Tensor
+
+
+def default_chunk(device: torch.device, *, streamed: bool) -> int:
+    """Elements of logits to hold at once on this device."""
+    if device.type != "cpu":
+        return ACCELERATOR
+    return STREAM_CPU if streamed else ROWS_CPU
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover `range(total)`."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+class Head:
+    """Logits = (hidden W^T + b) / temperature, computed tile by tile."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.scale = 1 / temperature
+        self.hidden = hidden.to(self.dtype)
+        if temperature != 1:
+            self.hidden = self.hidden * self.scale
+        self.weight, self.bias = weight, bias
+        self.count, self.vocab = len(hidden), len(weight)
+        self.source = hidden
+        self._buffer = self.hidden.new_empty(0)
+
+    def blocks(self, chunk: int) -> Iterator[tuple[slice, int]]:
+        """Row slices and the width of their streamed tiles."""
+        for rows in spans(self.count, BLOCK_ROWS):
+            yield rows, max(1, chunk // (rows.stop - rows.start))
+
+    def _weights(self, cols: slice) -> Tensor:
+        return self.weight[cols].to(self.dtype)
+
+    def tile(self, rows: Where, cols: slice) -> Tensor:
+        """A scratch tile of logits; it is overwritten by the next call."""
+        hidden, weight = self.hidden[rows], self._weights(cols)
+        need = len(hidden) * len(weight)
+        if self._buffer.numel() < need:
+            self._buffer = self.hidden.new_empty(need)
+        out = torch.mm(hidden, weight.t(), out=self._buffer[:need].view(len(hidden), len(weight)))
+        return out if self.bias is None else out.add_(self.bias[cols].to(self.dtype), alpha=self.scale)
+
+    def sampled(self, rows: slice, token: Tensor) -> Tensor:
+        """Logits of the sampled tokens, without the rest of their rows."""
+        logit = row_dot(self.hidden[rows], self.weight[token].to(self.dtype))
+        return logit if self.bias is None else logit.add_(self.bias[token].to(self.dtype), alpha=self.scale)
+
+    def open(self, wanted: tuple[bool, bool, bool]) -> None:
+        """Allocate the gradients that are wanted: of hidden states, weight, bias."""
+        of_hidden, of_weight, of_bias = wanted
+        self._grad_hidden = torch.zeros_like(self.hidden) if of_hidden else None
+        self._grad_weight = self.weight.new_empty(self.weight.shape, dtype=self.dtype) if of_weight else None
+        self._grad_bias = self.weight.new_zeros(self.vocab, dtype=self.dtype) if of_bias else None
+        if self._grad_weight is not None and not self.count:
+            self._grad_weight.zero_()
+
+    def add(self, rows: slice, cols: slice, grad: Tensor) -> None:
+        """Take the gradient of one tile with respect to its scaled logits."""
+        if self._grad_hidden is not None:
+            self._grad_hidden[rows].addmm_(grad, self._weights(cols))
+        if self._grad_weight is not None:  # the first block of rows finds it uninitialised
+            self._grad_weight[cols].addmm_(grad.t(), self.hidden[rows], beta=float(rows.start > 0))
+        if self._grad_bias is not None:
+            self._grad_bias[cols] += grad.sum(0)
+
+    def add_sampled(self, rows: slice, token: Tensor, grad: Tensor) -> None:
+        """Take gradients of the sampled tokens' scaled logits; after all tiles of these rows."""
+        column = grad.unsqueeze(-1)
+        if self._grad_hidden is not None:
+            self._grad_hidden[rows] += self.weight[token].to(self.dtype).mul_(column)
+        if self._grad_weight is not None:
+            self._grad_weight.index_add_(0, token, self.hidden[rows] * column)
+        if self._grad_bias is not None:
+            self._grad_bias.index_add_(0, token, grad)
+
+    def close(self) -> Grads:
+        """The gradients, in the dtypes of the inputs."""
+        hidden, weight, bias = self._grad_hidden, self._grad_weight, self._grad_bias
+        return (
+            None if hidden is None else hidden.mul_(self.scale).to(self.source.dtype),
+            None if weight is None else weight.to(self.weight.dtype),
+            None if bias is None or self.bias is None else bias.mul_(self.scale).to(self.bias.dtype),
+        )
+
+
+class Given:
+    """Logits that exist already, read in blocks of whole rows."""
+
+    def __init__(self, logits: Tensor, temperature: float) -> None:
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        self.scale = 1 / temperature
+        self.logits = logits
+        self.count, self.vocab = logits.shape
+
+    def blocks(self, chunk: int) -> Iterator[tuple[slice, int]]:
+        """Row slices and the width of their streamed tiles: whole rows."""
+        for rows in spans(self.count, max(1, chunk // self.vocab)):
+            yield rows, self.vocab
+
+    def tile(self, rows: Where, cols: slice) -> Tensor:
+        """A copy of some rows, scaled."""
+        return self.logits[rows, cols].to(self.dtype, copy=True).mul_(self.scale)
+
+    def sampled(self, rows: slice, token: Tensor) -> Tensor:
+        """Logits of the sampled tokens."""
+        return self.logits[rows].gather(-1, token.unsqueeze(-1)).squeeze(-1).to(self.dtype) * self.scale
+
+    def open(self, wanted: tuple[bool, bool, bool]) -> None:
+        """Allocate the gradient."""
+        self._grad = torch.empty_like(self.logits)
+
+    def add(self, rows: slice, cols: slice, grad: Tensor) -> None:
+        """Take the gradient of one tile with respect to its scaled logits."""
+        self._grad[rows, cols] = grad.mul_(self.scale)
+
+    def add_sampled(self, rows: slice, token: Tensor, grad: Tensor) -> None:
+        """Take gradients of the sampled tokens' scaled logits; after all tiles of these rows."""
+        column = (grad * self.scale).to(self._grad.dtype).unsqueeze(-1)
+        self._grad[rows].scatter_add_(-1, token.unsqueeze(-1), column)
+
+    def close(self) -> Grads:
+        """The gradient, in the dtype of the logits."""
+        return self._grad, None, None
