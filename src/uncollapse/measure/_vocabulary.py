@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from uncollapse.measure.statistics import row_dot
+
 # Elements of logits held at once. On a CPU a streamed tile and its exponential should stay in the caches,
 # and a block of whole rows be high enough for an efficient product; elsewhere kernel launches count.
 STREAM_CPU, ROWS_CPU, ACCELERATOR = 2**19, 2**22, 2**25
@@ -67,7 +69,7 @@ class Head:
 
     def sampled(self, rows: slice, token: Tensor) -> Tensor:
         """Logits of the sampled tokens, without the rest of their rows."""
-        logit = torch.linalg.vecdot(self.hidden[rows], self.weight[token].to(self.dtype))
+        logit = row_dot(self.hidden[rows], self.weight[token].to(self.dtype))
         return logit if self.bias is None else logit.add_(self.bias[token].to(self.dtype), alpha=self.scale)
 
     def open(self, wanted: tuple[bool, bool, bool]) -> None:

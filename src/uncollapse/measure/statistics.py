@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,7 +41,7 @@ class Rows:
     @cached_property
     def entropy(self) -> Float[Tensor, " row"]:
         """Shannon entropy in nats."""
-        return torch.linalg.vecdot(self.p, self.finite).neg_().clamp_(min=0)
+        return row_dot(self.p, self.finite).neg_().clamp_(min=0)
 
     @cached_property
     def sampled(self) -> Float[Tensor, " row"]:
@@ -59,6 +58,12 @@ class Rows:
 def pick(table: Float[Tensor, "row vocab"], token: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
     """Take one entry of each row."""
     return table.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def row_dot(left: Float[Tensor, "row vocab"], right: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+    """Sum the products along each row, in one pass."""
+    out: Tensor = torch.linalg.vecdot(left, right)
+    return out
 
 
 def _add_at(table: Tensor, token: Tensor, amount: float) -> Tensor:
@@ -114,13 +119,13 @@ class Collision(Statistic):
 
     def value(self, rows: Rows) -> Float[Tensor, " row"]:
         """S2."""
-        return torch.linalg.vecdot(rows.p.square(), rows.finite + rows.entropy.unsqueeze(-1))
+        return row_dot(rows.p.square(), rows.finite + rows.entropy.unsqueeze(-1))
 
     def gradient(self, rows: Rows) -> Float[Tensor, "row vocab"]:
         """p_v [2 p_v (log p_v + H) + p_v - 2 S2 - c - c (log p_v + H)] with c = sum p^2."""
         p, excess = rows.p, rows.finite + rows.entropy.unsqueeze(-1)
-        collision = torch.linalg.vecdot(p, p).unsqueeze(-1)
-        total = torch.linalg.vecdot(p.square(), excess).unsqueeze(-1)
+        collision = row_dot(p, p).unsqueeze(-1)
+        total = row_dot(p.square(), excess).unsqueeze(-1)
         return p * ((2 * p - collision) * excess + p - 2 * total - collision)
 
 
@@ -130,7 +135,7 @@ class Varentropy(Statistic):
 
     def value(self, rows: Rows) -> Float[Tensor, " row"]:
         """Variance of -log p."""
-        return torch.linalg.vecdot(rows.p, (rows.finite + rows.entropy.unsqueeze(-1)).square_())
+        return row_dot(rows.p, (rows.finite + rows.entropy.unsqueeze(-1)).square_())
 
     def gradient(self, rows: Rows) -> Float[Tensor, "row vocab"]:
         """p_v [(log p_v + H)^2 + 2 (log p_v + H) - varentropy]."""
@@ -195,13 +200,10 @@ def _check_share(owner: str, name: str, share: float) -> None:
         raise ConfigError(f"{owner}: {name} is {share}; give a number above 0 and at most 1")
 
 
-Nucleus = Literal["standard", "released"]
-
-
 @dataclass(frozen=True)
 class _NucleusStatistic(_SetStatistic):
     p: float
-    nucleus: Nucleus = "standard"
+    nucleus: str = "standard"
 
     def __post_init__(self) -> None:
         _check_share(type(self).__name__, "p", self.p)
@@ -251,7 +253,7 @@ class NucleusEntropy(_NucleusStatistic):
         logq = torch.where(inside, rows.finite, FLOOR).log_softmax(-1)
         logq = torch.where(inside, logq, FLOOR)
         q = torch.where(inside, logq.exp(), 0)
-        return q, logq, torch.linalg.vecdot(q, logq).neg_().clamp_(min=0)
+        return q, logq, row_dot(q, logq).neg_().clamp_(min=0)
 
     def value(self, rows: Rows) -> Float[Tensor, " row"]:
         """Entropy inside the nucleus."""

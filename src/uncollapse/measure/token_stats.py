@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure._vocabulary import Given, Head, default_chunk, spans
-from uncollapse.measure.statistics import FLOOR, Entropy, Logp, Rows, Statistic
+from uncollapse.measure.statistics import FLOOR, Entropy, Logp, Rows, Statistic, row_dot
 
 Source: TypeAlias = Head | Given
 DEFAULT: tuple[Statistic, ...] = (Logp(), Entropy())
@@ -165,7 +165,8 @@ class _TokenStats(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if streamed:
                 of = dict(zip(stats, grads, strict=True))
-                _stream_backward(source, token, size, *kept, of.get(Logp()), of.get(Entropy()))
+                lse, entropy = kept
+                _stream_backward(source, token, size, lse, entropy, of.get(Logp()), of.get(Entropy()))
             else:
                 _whole_rows_backward(source, token, size, stats, grads)
         return *source.close(), None, None, None, None
@@ -177,7 +178,9 @@ def _source(x: Tensor, weight: Tensor | None, bias: Tensor | None, temperature: 
 
 def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, log-sum-exp and entropy of every row (entropy stays 0 if not asked for)."""
-    reference, total, moment = (torch.zeros(source.count, dtype=source.dtype, device=token.device) for _ in range(3))
+    reference, total, moment = (
+        torch.zeros(source.count, dtype=source.dtype, device=token.device) for _ in range(3)
+    )
     for rows, width in source.blocks(chunk):
         reference[rows] = source.sampled(rows, token[rows])
         scratch = Scratch()
@@ -186,7 +189,7 @@ def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tupl
             weight = scratch(torch.exp, above)
             total[rows] += weight.sum(-1)
             if entropy:
-                moment[rows] += torch.linalg.vecdot(weight, above)
+                moment[rows] += row_dot(weight, above)
     log_total = total.log()
     values = log_total.neg().clamp_(max=0), reference + log_total, (log_total - moment / total).clamp_(min=0)
     lost = (~(total.isfinite() & moment.isfinite())).nonzero().squeeze(-1)
@@ -197,7 +200,9 @@ def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tupl
     return values
 
 
-def _recover(source: Source, token: Tensor, lost: Tensor, chunk: int, values: tuple[Tensor, Tensor, Tensor]) -> None:
+def _recover(
+    source: Source, token: Tensor, lost: Tensor, chunk: int, values: tuple[Tensor, Tensor, Tensor]
+) -> None:
     """Redo rows whose sampled token is too improbable to be the reference."""
     logp, lse, entropy = values
     for span in spans(len(lost), max(1, chunk // source.vocab)):
@@ -257,7 +262,9 @@ def _row_blocks(source: Source, token: Tensor, chunk: int) -> Any:
         yield rows, Rows(source.tile(rows, slice(0, source.vocab)).log_softmax(-1), token[rows])
 
 
-def _whole_rows(source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int) -> tuple[Tensor, ...]:
+def _whole_rows(
+    source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int
+) -> tuple[Tensor, ...]:
     values = [torch.empty(source.count, dtype=source.dtype, device=token.device) for _ in stats]
     for rows, table in _row_blocks(source, token, chunk):
         for stat, value in zip(stats, values, strict=True):

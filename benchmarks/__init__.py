@@ -1,0 +1,1 @@
+"""Ours against named peers: same input, same process, alternating, peak memory included."""
