@@ -1,1 +1,9 @@
-"""Self-contained HTML reports and figures."""
+"""Self-contained HTML reports of runs and comparisons: one file, no network, for people.
+
+from uncollapse import report
+report.write("runs/grpo")        # writes runs/grpo/report.html and returns its path
+"""
+
+from uncollapse.report.page import render_comparison, render_run, write
+
+__all__ = ["render_comparison", "render_run", "write"]

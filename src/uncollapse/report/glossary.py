@@ -1,0 +1,83 @@
+"""What every metric in a report means, in which unit, and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Term:
+    """One entry: the metric (or pattern of metrics) as logged, its plain name, its unit, how to read it."""
+
+    key: str
+    name: str
+    unit: str
+    reading: str
+
+    def explains(self, metric: str) -> bool:
+        """Whether this entry is about `metric`; a key that ends in `*` stands for all that begin so."""
+        return metric.startswith(self.key[:-1]) if self.key.endswith("*") else metric == self.key
+
+
+TERMS = (
+    Term("entropy/token/mean", "Token entropy", "nats",
+         "How undecided the model is at a token, averaged over all sampled tokens: 0 is certain, ln 2 = 0.69 is a coin "
+         "toss, e to the entropy is the number of equally likely choices. Falling to zero early is collapse: the model "
+         "has stopped exploring, and what it does not yet do it will not find."),
+    Term("entropy/token/p10", "Entropy, 10th percentile", "nats", "A tenth of the tokens has less entropy than this."),
+    Term("entropy/token/p90", "Entropy, 90th percentile", "nats",
+         "A tenth of the tokens has more. These are the forks of the text, where a run that goes well stays undecided."),
+    Term("entropy/position/*", "Entropy by position", "nats", "Mean entropy at the i-th token of the answers, counted from 0."),
+    Term("reward/mean", "Reward", "reward", "Mean reward of the sampled answers of a step. Noisy: every step sees other prompts."),
+    Term("reward/std", "Spread of rewards", "reward", "Standard deviation over the answers of a step."),
+    Term("reward/zero_variance_groups", "Dead groups", "share of groups",
+         "Prompts whose answers all got the same reward. They teach nothing; the more of them, the smaller the useful batch."),
+    Term("eval/reward", "Validation reward", "reward", "Reward on held-out prompts, the one to compare recipes by."),
+    Term("eval/pass@*", "pass@k", "share of prompts",
+         "Chance that at least one of k answers to a prompt is right. When pass@1 rises and pass@8 stands still or falls, "
+         "the model has grown surer, not more able."),
+    Term("eval/maj@*", "maj@k", "share of prompts", "Chance that the most frequent of k answers is right."),
+    Term("eval/distinct", "Distinct correct answers", "per prompt",
+         "Different correct answers among the samples of a prompt. It falls when one way of being right crowds out the others."),
+    Term("covariance/token/mean", "Token covariance", "advantage \u00d7 nats",
+         "How strongly probable tokens are also the rewarded ones: (advantage \u2212 mean)(log-probability \u2212 mean), averaged "
+         "over tokens. To first order, a step lowers entropy in proportion to it."),
+    Term("covariance/top/*", "Covariance of the top tokens", "advantage \u00d7 nats",
+         "The same, averaged over the fraction of tokens with the largest values (at least one token, so that in a small "
+         "batch the smallest fractions coincide). A steep profile means that few tokens drive the loss of entropy."),
+    Term("clip/low/frac", "Clipped below", "share of tokens", "Tokens whose probability fell beyond the lower clip bound."),
+    Term("clip/high/frac", "Clipped above", "share of tokens",
+         "Tokens whose probability rose beyond the upper bound. These are often rare tokens about to be learned."),
+    Term("kl/old/k3", "Distance of a step", "nats",
+         "KL divergence from the policy that sampled to the one being trained, estimated without bias and never negative (k3)."),
+    Term("length/mean", "Answer length", "tokens", "Mean number of tokens in an answer."),
+    Term("length/truncated", "Cut answers", "share of answers", "Answers that ran into the length limit."),
+    Term("loss/*", "Loss terms", "", "The parts of the training loss. Their level means little; sudden jumps mean something."),
+    Term("grad/norm", "Gradient norm", "", "Size of the gradient before clipping. Spikes come before instability."),
+    Term("lr", "Learning rate", "", "Step size of the optimiser."),
+    Term("law/ceiling", "Forecast ceiling", "reward", "The entropy law, fitted to the run so far, read at zero entropy."),
+    Term("time/step", "Time per step", "s", "Wall time of one rollout step, sampling and training together."),
+)  # fmt: skip
+
+CONCEPTS = (
+    Term("", "Start and end values", "",
+         "Every \u201cfrom\u201d and \u201cto\u201d is the mean of the first or last twentieth of the logged steps (at least one step), so "
+         "that a single lucky step does not make the headline."),
+    Term("", "95 % interval", "",
+         "Student interval of the mean over seeds. It says how well the mean is known, not how much single runs scatter."),
+    Term("", "Entropy law", "",
+         "R = b \u2212 a\u00b7exp(H): reward R bought with entropy H (Cui et al. 2025, arXiv 2505.22617). Its value at H = 0 is the "
+         "ceiling b \u2212 a. It is an empirical regularity of runs without entropy control, not a theorem."),
+    Term("", "R\u00b2 and AIC", "",
+         "R\u00b2 is the share of the variation of reward that a law accounts for. Of two laws with equally many parameters the "
+         "one with the lower AIC fits better; differences below 2 decide nothing."),
+    Term("", "Entropy change of a token", "",
+         "The same text is scored again during training: the change is that of the model, not that of the text."),
+)  # fmt: skip
+
+
+def explain(metrics: Iterable[str]) -> list[Term]:
+    """The entries that the given metrics need, in the order of the glossary, and then the concepts."""
+    names = list(metrics)
+    return [term for term in TERMS if any(term.explains(name) for name in names)] + list(CONCEPTS)

@@ -1,0 +1,157 @@
+"""Where in the text entropy was lost: the same completions scored at several steps, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from uncollapse.report.words import level, percent
+
+STRENGTHS = 4
+"""Colour steps on each side of the diverging scale."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token: its text, `shade` from -4 (lost) to 4 (gained), the tooltip, and its entropies and logps by step."""
+
+    text: str
+    shade: int
+    tip: str
+    entropy: str
+    logp: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe completion, with the change of its mean entropy in nats."""
+
+    name: str
+    prompt: str
+    tokens: tuple[Token, ...]
+    steps: tuple[int, ...]
+    before: float
+    after: float
+    reward: float | None
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What the section on tokens shows: the probes, the full scale in nats, and where the loss is concentrated."""
+
+    probes: tuple[Probe, ...]
+    scale: float
+    sentence: str
+
+
+def token_view(records: Sequence[dict[str, Any]], *, most: int = 6) -> TokenView | None:
+    """The probes that were scored at two steps or more, at most `most` of them, or None if there are none."""
+    series = [found for group in _by_sample(records).values() if (found := _comparable(group)) is not None]
+    if not series:
+        return None
+    change = np.concatenate([scored[-1] - scored[0] for _, scored in series])
+    known = change[np.isfinite(change)]
+    scale = _round_up(float(np.quantile(np.abs(known), 0.95))) if known.size else 1.0
+    probes = tuple(_probe(group, scored, scale) for group, scored in series[:most])
+    return TokenView(probes, scale, _concentration(known))
+
+
+def shade(change: float, scale: float) -> int:
+    """Colour step of an entropy change in nats: negative for lost, 0 within an eighth of the full scale."""
+    if not math.isfinite(change):
+        return 0
+    size = min(STRENGTHS, int(abs(change) / scale * STRENGTHS + 0.5))
+    return size if change > 0 else -size
+
+
+def _by_sample(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if isinstance(record.get("tokens"), list) and isinstance(record.get("entropy"), list):
+            groups.setdefault(str(record.get("sample")), []).append(record)
+    return groups
+
+
+def _comparable(group: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray] | None:
+    """The records with the tokens of the last one: a probe that was sampled anew cannot be compared."""
+    last = group[-1]
+    same = [r for r in group if r["tokens"] == last["tokens"] and len(r["entropy"]) == len(last["tokens"])]
+    if len(same) < 2 or not last["tokens"]:
+        return None
+    return same, np.array([_numbers(r["entropy"]) for r in same])
+
+
+def _probe(group: list[dict[str, Any]], scored: np.ndarray, scale: float) -> Probe:
+    first, last = group[0], group[-1]
+    size = len(last["tokens"])
+    logp = np.array(
+        [_numbers(r["logp"]) if len(r.get("logp") or ()) == size else [math.nan] * size for r in group]
+    )
+    steps = tuple(int(record["step"]) for record in group)
+    tokens = tuple(
+        _token(str(text), scored[:, i], logp[:, i], steps, scale) for i, text in enumerate(last["tokens"])
+    )
+    reward = last.get("reward", first.get("reward"))
+    known = isinstance(reward, (int, float)) and math.isfinite(reward)
+    before, after = _mean(scored[0]), _mean(scored[-1])
+    return Probe(str(last.get("sample")), str(last.get("prompt", "")), tokens, steps, before, after,
+                 float(reward) if known and reward is not None else None)  # fmt: skip
+
+
+def _token(text: str, entropy: np.ndarray, logp: np.ndarray, steps: tuple[int, ...], scale: float) -> Token:
+    change = float(entropy[-1] - entropy[0])
+    lines = [f"entropy {_value(entropy[0])} \u2192 {_value(entropy[-1])} nats"]
+    if np.isfinite(logp[[0, -1]]).any():
+        lines.append(f"log-probability {_value(logp[0])} \u2192 {_value(logp[-1])} nats")
+    lines.append(f"step {steps[0]} \u2192 {steps[-1]}")
+    return Token(_visible(text), shade(change, scale), "\n".join(lines), _csv(entropy), _csv(logp))
+
+
+def _visible(text: str) -> str:
+    """A token of nothing but line breaks or nothing at all would leave nothing to colour or point at."""
+    if not text:
+        return "\u2205"
+    return text.replace("\r", "").replace("\n", "\u23ce\n") if "\n" in text else text
+
+
+def _concentration(change: np.ndarray) -> str:
+    losses = np.sort(-change[change < 0])[::-1]
+    if not losses.size or losses.sum() < 1e-9:
+        return "No token lost entropy between the first and the last scoring."
+    needed = int(np.searchsorted(np.cumsum(losses), losses.sum() / 2)) + 1
+    gained = change[change > 0].sum()
+    text = (
+        f"Half of all the entropy that was lost went at {percent(needed / change.size)} of the tokens "
+        f"({needed} of {change.size})."
+    )
+    return text + (
+        f" {percent(gained / losses.sum())} of the loss was gained elsewhere." if gained > 0 else ""
+    )
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [float(v) if isinstance(v, (int, float)) else math.nan for v in values]
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _value(value: float) -> str:
+    return level(float(value)) if math.isfinite(value) else "unknown"
+
+
+def _csv(values: np.ndarray) -> str:
+    return ",".join(f"{v:.3f}" if math.isfinite(v) else "" for v in values.tolist())
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 5 times a power of ten, for a scale that people can read; 0.1 at least."""
+    floor = max(value, 0.1)
+    power = 10.0 ** math.floor(math.log10(floor))
+    return next(step * power for step in (1.0, 2.0, 5.0, 10.0) if step * power >= floor * 0.999)
