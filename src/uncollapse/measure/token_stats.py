@@ -177,7 +177,9 @@ def _source(x: Tensor, weight: Tensor | None, bias: Tensor | None, temperature: 
 
 def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, log-sum-exp and entropy of every row (entropy stays 0 if not asked for)."""
-    reference, total, moment = (torch.zeros(source.count, dtype=source.dtype, device=token.device) for _ in range(3))
+    reference, total, moment = (
+        torch.zeros(source.count, dtype=source.dtype, device=token.device) for _ in range(3)
+    )
     for rows, width in source.blocks(chunk):
         reference[rows] = source.sampled(rows, token[rows])
         scratch = Scratch()
@@ -197,7 +199,9 @@ def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tupl
     return values
 
 
-def _recover(source: Source, token: Tensor, lost: Tensor, chunk: int, values: tuple[Tensor, Tensor, Tensor]) -> None:
+def _recover(
+    source: Source, token: Tensor, lost: Tensor, chunk: int, values: tuple[Tensor, Tensor, Tensor]
+) -> None:
     """Redo rows whose sampled token is too improbable to be the reference."""
     logp, lse, entropy = values
     for span in spans(len(lost), max(1, chunk // source.vocab)):
@@ -257,7 +261,9 @@ def _row_blocks(source: Source, token: Tensor, chunk: int) -> Any:
         yield rows, Rows(source.tile(rows, slice(0, source.vocab)).log_softmax(-1), token[rows])
 
 
-def _whole_rows(source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int) -> tuple[Tensor, ...]:
+def _whole_rows(
+    source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int
+) -> tuple[Tensor, ...]:
     values = [torch.empty(source.count, dtype=source.dtype, device=token.device) for _ in stats]
     for rows, table in _row_blocks(source, token, chunk):
         for stat, value in zip(stats, values, strict=True):

@@ -15,6 +15,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -255,7 +256,7 @@ class CharLMLab:
     digits: tuple[int, int] = (4, 4)
 
     def sample(
-        self, policy: CharLM, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int
+        self, policy: Any, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int
     ) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:
         """Ids and mask of one response per prompt."""
         generator = torch.Generator().manual_seed(seed)
@@ -268,7 +269,7 @@ class CharLMLab:
         return make_prompts(torch.Generator().manual_seed(seed), count, digits=self.digits)
 
     def logits(
-        self, policy: nn.Module, prompts: Sequence[Sequence[int]], ids: Int[Tensor, "row time"]
+        self, policy: Any, prompts: Sequence[Sequence[int]], ids: Int[Tensor, "row time"]
     ) -> Float[Tensor, "row time vocab"]:
         """Logits that each token was drawn from."""
         return logits_of(policy, prompts, ids)

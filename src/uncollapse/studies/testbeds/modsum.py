@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -159,7 +160,7 @@ class ModSumLab:
         return self.task.length
 
     def sample(
-        self, policy: TablePolicy, prompts: Sequence[int], *, temperature: float, seed: int
+        self, policy: Any, prompts: Sequence[int], *, temperature: float, seed: int
     ) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:
         """Ids and mask (all true) of one answer per prompt."""
         generator = torch.Generator().manual_seed(seed)
@@ -173,7 +174,7 @@ class ModSumLab:
         return torch.randint(self.task.prompts, (count,), generator=generator).tolist()
 
     def logits(
-        self, policy: TablePolicy, prompts: Sequence[int], ids: Int[Tensor, "row time"]
+        self, policy: Any, prompts: Sequence[int], ids: Int[Tensor, "row time"]
     ) -> Float[Tensor, "row time vocab"]:
         """Logits that each token was drawn from."""
         return logits_of(self.task, policy.table, torch.tensor(prompts), ids)
