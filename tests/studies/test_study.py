@@ -9,15 +9,15 @@ import pytest
 from uncollapse.errors import ConfigError, UnknownName
 from uncollapse.studies.claims import Bound, Claim, Verdict
 from uncollapse.studies.statistics import Estimate, exact, mean_over_seeds
-from uncollapse.studies.study import Lab, Measurements, Study, reproduce, run_study, write_atomically
+from uncollapse.studies.study import Trials, Measurements, Study, reproduce, run_study, write_atomically
 
 CLAIM = Claim("E1", "x is positive", "x over seeds", Bound("x", ">", 0.0), "x")
 
 
 def make(runs: list[str], fail_at: int | None = None) -> Study:
-    def measure(quick: bool, lab: Lab) -> Measurements:
+    def measure(quick: bool, trials: Trials) -> Measurements:
         seeds = range(2 if quick else 4)
-        lab.plan(len(seeds))
+        trials.plan(len(seeds))
         values = []
         for seed in seeds:
 
@@ -27,7 +27,7 @@ def make(runs: list[str], fail_at: int | None = None) -> Study:
                 runs.append(f"seed {seed}")
                 return {"x": 1.0 + 0.1 * seed}
 
-            values.append(lab.trial(f"seed {seed}", run)["x"])
+            values.append(trials.trial(f"seed {seed}", run)["x"])
         estimates = {"x": mean_over_seeds(values, seeds), "bad": Estimate(math.nan, -math.inf, math.inf, "t")}
         return Measurements(estimates, {"curve": [1, (2, math.inf)]}, tuple(seeds))
 
@@ -77,11 +77,11 @@ def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_truncated_trial_file_is_run_again(tmp_path: Path) -> None:
-    lab = Lab(tmp_path)
-    assert lab.trial("t", lambda: {"x": 1}) == {"x": 1}
+    trials = Trials(tmp_path)
+    assert trials.trial("t", lambda: {"x": 1}) == {"x": 1}
     (file,) = tmp_path.glob("*.json")
     file.write_text(file.read_text()[:10])
-    assert Lab(tmp_path).trial("t", lambda: {"x": 2}) == {"x": 2}
+    assert Trials(tmp_path).trial("t", lambda: {"x": 2}) == {"x": 2}
 
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ class _Guarded(Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         if key not in self._allowed:
-            raise UndeclaredRead(f"{self._reader} reads {key!r} without declaring it in `needs`; add it there")
+            raise UndeclaredRead(
+                f"{self._reader} reads {key!r} without declaring it in `needs`; add it there"
+            )
         return self._data[key]
 
     def __iter__(self) -> Iterator[Any]:

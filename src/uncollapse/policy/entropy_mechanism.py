@@ -318,7 +318,9 @@ class ClipCov:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1 or self.low >= self.high:
-            raise ConfigError(f"clip-cov: needs 0 < fraction <= 1 and low < high; got {self.fraction}, {self.low}, {self.high}")
+            raise ConfigError(
+                f"clip-cov: needs 0 < fraction <= 1 and low < high; got {self.fraction}, {self.low}, {self.high}"
+            )
 
     def __call__(self, batch: Batch) -> Columns:
         """`weight`."""

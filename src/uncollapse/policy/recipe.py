@@ -20,7 +20,17 @@ from torch import Tensor
 from uncollapse.catalogue import papers
 from uncollapse.errors import ConfigError, UnknownName
 from uncollapse.policy.batch import PARTS, Batch, Stat
-from uncollapse.policy.protocols import Memory, Needs, Replay, Sampler, Scope, Stage, Surrogate, Term, Transform
+from uncollapse.policy.protocols import (
+    Memory,
+    Needs,
+    Replay,
+    Sampler,
+    Scope,
+    Stage,
+    Surrogate,
+    Term,
+    Transform,
+)
 from uncollapse.policy.reduction import Mean, Sum
 from uncollapse.policy.schedules import Schedule, value_at
 from uncollapse.policy.stats import Logp
@@ -111,7 +121,9 @@ class Recipe:
 
     def has(self, scope: Scope) -> bool:
         """Whether any stage decides at this scope."""
-        return any(True for _ in self._transforms(scope)) or any(slot.term.scope == scope for slot in self._slots())
+        return any(True for _ in self._transforms(scope)) or any(
+            slot.term.scope == scope for slot in self._slots()
+        )
 
     @property
     def split_dependent(self) -> bool:
@@ -145,7 +157,9 @@ class Recipe:
             return self._now("minibatch")
         if moment == "loss":
             needs = {need for slot in self._slots() for need in slot.term.needs}
-            return frozenset(n for n in needs if isinstance(n, Stat) and n.whose == "now") | self._now("microbatch")
+            return frozenset(n for n in needs if isinstance(n, Stat) and n.whose == "now") | self._now(
+                "microbatch"
+            )
         if moment == "rollout":
             declared = {need for _, stage in self.stages() for need in stage.needs if isinstance(need, Stat)}
             fixed = {stat for stat in declared if stat.whose != "now"}
@@ -208,7 +222,9 @@ class Recipe:
             weights = batch.columns[f"map/{slot.key}"]
             if slot.key == "surrogate" and "weight" in batch.columns:
                 weights = weights * batch.columns["weight"]
-            coef = 1.0 if isinstance(slot.coef, float) and slot.coef == 1.0 else value_at(slot.coef, batch.clock)
+            coef = (
+                1.0 if isinstance(slot.coef, float) and slot.coef == 1.0 else value_at(slot.coef, batch.clock)
+            )
             value = slot.term(batch.view(slot.term.needs, slot.key), _own(batch, slot.key))
             # Outside the map a term may be anything, NaN included; `where` keeps it out of value and gradient.
             term = coef * (weights * torch.where(weights != 0, value, torch.zeros_like(value))).sum()
@@ -262,7 +278,9 @@ class Recipe:
         readers = [t for _, t in self._transforms(scope) if "clipped" in t.needs]
         if readers:
             view = seen.view(self.surrogate.needs, "surrogate")
-            seen = seen.with_columns(clipped=self.surrogate.clipped(view, _own(seen, "surrogate")) & seen.mask)
+            seen = seen.with_columns(
+                clipped=self.surrogate.clipped(view, _own(seen, "surrogate")) & seen.mask
+            )
         seen = self._transform(seen, scope, slots=("weights",))
         for slot in terms[1:]:
             seen = _decide_term(slot, seen, scope)
@@ -271,7 +289,9 @@ class Recipe:
     @torch.no_grad()
     def _loss_metrics(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         weight = batch.mask.double().sum()
-        clipped = self.surrogate.clipped(batch.view(self.surrogate.needs, "surrogate"), _own(batch, "surrogate"))
+        clipped = self.surrogate.clipped(
+            batch.view(self.surrogate.needs, "surrogate"), _own(batch, "surrogate")
+        )
         clipped = clipped & batch.mask
         ahead = batch.advantage > 0
         log_ratio = (batch.old_logp - batch.stats[Logp()])[batch.mask].double()
@@ -314,7 +334,9 @@ def _merge(batch: Batch, transform: Transform, written: Mapping[str, Any], reade
             columns[name] = value & columns[name] if name in columns else value
             mask = mask & value[:, None]
         elif name in columns and name not in transform.needs:
-            raise ConfigError(f"{reader} overwrites the column {name!r} of an earlier stage without reading it")
+            raise ConfigError(
+                f"{reader} overwrites the column {name!r} of an earlier stage without reading it"
+            )
         else:
             columns[name] = value
     return replace(batch, columns=columns, mask=mask)
@@ -339,7 +361,9 @@ def _decide_term(slot: _Slot, batch: Batch, scope: Scope) -> Batch:
         pool = batch if rows is None else batch[rows]
         for key, value in slot.term.decide(pool.view(slot.term.needs, slot.key)).items():
             if key == "where" and scope == "microbatch":
-                raise ConfigError(f"{slot.key}: 'where' cannot be decided per micro-batch; its mean needs all rows")
+                raise ConfigError(
+                    f"{slot.key}: 'where' cannot be decided per micro-batch; its mean needs all rows"
+                )
             filed = f"own/{slot.key}/{key}"
             per_row = value.reshape(1, 1).expand(len(pool), 1) if value.ndim == 0 else value
             columns[filed] = per_row if rows is None else _scatter(per_row, rows, columns.get(filed))

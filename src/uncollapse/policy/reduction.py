@@ -76,7 +76,9 @@ def _children(
 ) -> Int[Tensor, " parents"]:
     """How many members with a counted token each parent has."""
     size = int(parent.max()) + 1 if parent.numel() else 1
-    above = torch.zeros(int(member.max()) + 1 if member.numel() else 1, dtype=torch.long, device=parent.device)
+    above = torch.zeros(
+        int(member.max()) + 1 if member.numel() else 1, dtype=torch.long, device=parent.device
+    )
     above[member] = parent.expand_as(member)
     present = torch.zeros_like(above, dtype=torch.bool)
     present[member.expand_as(counted)[counted]] = True
@@ -104,6 +106,8 @@ class Sum:
         limit = float(batch.columns["token_limit"])
         divisor = limit if self.divisor is None else self.divisor
         if divisor < limit:
-            raise ConfigError(f"sum: divisor {divisor:g} is below the token limit {limit:g}; raise it to at least that")
+            raise ConfigError(
+                f"sum: divisor {divisor:g} is below the token limit {limit:g}; raise it to at least that"
+            )
         rows = batch.mask.any(dim=1).sum().clamp(min=1) if self.per_row else 1
         return where.to(torch.float64) / (divisor * rows)

@@ -57,14 +57,14 @@ class Observation:
 class Study:
     """The reproduction of one paper.
 
-    `measure(quick, lab)` does the work through `lab.trial`, so that it can be interrupted; `figure` draws its
+    `measure(quick, trials)` does the work through `trials.trial`, so that it can be interrupted; `figure` draws its
     measurements. `sources` are the packages whose code decides what a trial gives: a change there discards
     unfinished work, so that one result never mixes two versions.
     """
 
     slug: str
     claims: tuple[Claim, ...]
-    measure: Callable[[bool, Lab], Measurements]
+    measure: Callable[[bool, Trials], Measurements]
     figure: Callable[[Measurements], Figure] | None = None
     observations: tuple[Observation, ...] = ()
     limits: str = ""
@@ -93,7 +93,7 @@ class Outcome:
     figure: Path | None
 
 
-class Lab:
+class Trials:
     """Runs trials and keeps each finished one on disk, so that a killed study continues where it stopped."""
 
     def __init__(self, directory: Path, total: int = 0, progress: Progress | None = None) -> None:
@@ -165,15 +165,15 @@ def run_study(
     directory = (
         work / chosen.slug / f"{'quick' if quick else 'full'}-{_fingerprint(chosen, origin['packages'])}"
     )
-    lab = Lab(directory, progress=progress)
-    measured = chosen.measure(quick, lab)
+    trials = Trials(directory, progress=progress)
+    measured = chosen.measure(quick, trials)
     results = tuple(
         Result(
             claim, None if quick else claim.judge(measured.estimates), measured.estimates.get(claim.effect)
         )
         for claim in chosen.claims
     )
-    origin |= {"seconds": round(lab.seconds, 1), "seeds": list(measured.seeds)}
+    origin |= {"seconds": round(trials.seconds, 1), "seeds": list(measured.seeds)}
     record = _record(chosen, quick, results, measured, origin)
     stem = f"{chosen.slug}.quick" if quick else chosen.slug
     path = output / f"{stem}.json"

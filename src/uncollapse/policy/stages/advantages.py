@@ -79,5 +79,3 @@ class LeaveOneOut:
         factor = count / (count - 1).clamp(min=1)
         centred = torch.where((std == 0)[index], torch.zeros_like(mean[index]), batch.reward - mean[index])
         return _spread(centred * factor[index], batch)
-
-

@@ -51,7 +51,9 @@ class AdaptiveEntropy:
 
     def __post_init__(self) -> None:
         if self.target < 0 or self.step <= 0 or not 0 <= self.start <= self.limit:
-            raise ConfigError(f"adaptive-entropy: needs target >= 0, step > 0 and 0 <= start <= limit; got {self}")
+            raise ConfigError(
+                f"adaptive-entropy: needs target >= 0, step > 0 and 0 <= start <= limit; got {self}"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -108,7 +110,9 @@ class KLPenalty:
     @property
     def needs(self) -> Needs:
         """Both log-probabilities of the sampled token, or the exact divergence."""
-        stats: set[str | Stat] = {KL("now", self.against)} if self.estimator == "exact" else {Logp("now"), Logp(self.against)}
+        stats: set[str | Stat] = (
+            {KL("now", self.against)} if self.estimator == "exact" else {Logp("now"), Logp(self.against)}
+        )
         return frozenset(stats)
 
     def decide(self, batch: Batch) -> Columns:

@@ -51,7 +51,9 @@ class DynamicSampler:
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.temperature <= 0 or self.rounds < 1:
-            raise ConfigError(f"dynamic-sampler: needs samples >= 2, temperature > 0 and rounds >= 1; got {self}")
+            raise ConfigError(
+                f"dynamic-sampler: needs samples >= 2, temperature > 0 and rounds >= 1; got {self}"
+            )
 
     def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
         """Scored rows, as many as `PlainSampler` gives, live groups first."""

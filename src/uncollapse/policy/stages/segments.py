@@ -13,7 +13,9 @@ def group_index(group: Int[Tensor, " row"]) -> tuple[Int[Tensor, " row"], int]:
     return index, len(labels)
 
 
-def group_sum(value: Float[Tensor, " row"], index: Int[Tensor, " row"], groups: int) -> Float[Tensor, " group"]:
+def group_sum(
+    value: Float[Tensor, " row"], index: Int[Tensor, " row"], groups: int
+) -> Float[Tensor, " group"]:
     """Sum over each group."""
     return torch.zeros(groups, dtype=value.dtype, device=value.device).index_add_(0, index, value)
 

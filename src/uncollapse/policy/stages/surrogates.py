@@ -82,7 +82,9 @@ class PPOClip:
         silenced = bounded > free
         if self.dual is None:
             return silenced
-        return silenced | ((batch.advantage < 0) & (torch.maximum(free, bounded) > -self.dual * batch.advantage))
+        return silenced | (
+            (batch.advantage < 0) & (torch.maximum(free, bounded) > -self.dual * batch.advantage)
+        )
 
 
 @dataclass(frozen=True)

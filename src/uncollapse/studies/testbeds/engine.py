@@ -44,7 +44,9 @@ class Lab(Protocol):
         """The logits that each token was drawn from."""
         ...
 
-    def reward(self, prompts: Sequence[Any], ids: Int[Tensor, "row time"], mask: Tensor) -> Float[Tensor, " row"]:
+    def reward(
+        self, prompts: Sequence[Any], ids: Int[Tensor, "row time"], mask: Tensor
+    ) -> Float[Tensor, " row"]:
         """The verifier's verdict."""
         ...
 
@@ -186,5 +188,3 @@ def add_up(reports: Sequence[LossReport]) -> LossReport:
         for key in reports[0].metrics
     }
     return LossReport(loss, terms, metrics)
-
-

@@ -10,11 +10,13 @@ without sampling noise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
 
@@ -136,3 +138,49 @@ def distinct_correct(
     right = correct(task, prompt, ids)
     answers: Tensor = torch.cat([prompt[:, None], ids], 1)[right].unique(dim=0)
     return torch.bincount(answers[:, 0], minlength=task.prompts)
+
+
+class TablePolicy(nn.Module):
+    """The table of logits as a module that an engine can train."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+
+@dataclass(frozen=True)
+class ModSumLab:
+    """The task for an engine: prompts are their numbers, the policy a `TablePolicy`, the reward 1 or 0."""
+
+    task: ModSum = field(default_factory=ModSum)
+
+    @property
+    def token_limit(self) -> int:
+        """The length of every answer."""
+        return self.task.length
+
+    def sample(
+        self, policy: Any, prompts: Sequence[int], *, temperature: float, seed: int
+    ) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:
+        """Ids and mask (all true) of one answer per prompt."""
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(len(prompts), self.task.length, generator=generator, dtype=torch.float64)
+        ids = sample(self.task, policy.table, torch.tensor(prompts), uniform, temperature=temperature)
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+
+    def fresh_prompts(self, count: int, *, seed: int) -> list[int]:
+        """Prompts drawn with replacement; the task has no more than its table."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.task.prompts, (count,), generator=generator).tolist()
+
+    def logits(
+        self, policy: Any, prompts: Sequence[int], ids: Int[Tensor, "row time"]
+    ) -> Float[Tensor, "row time vocab"]:
+        """Logits that each token was drawn from."""
+        return logits_of(self.task, policy.table, torch.tensor(prompts), ids)
+
+    def reward(
+        self, prompts: Sequence[int], ids: Int[Tensor, "row time"], mask: Bool[Tensor, "row time"]
+    ) -> Float[Tensor, " row"]:
+        """1 for a right answer, else 0."""
+        return correct(self.task, torch.tensor(prompts), ids).float()
