@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.errors import ConfigError, DataError, UnknownName
@@ -20,6 +20,7 @@ from uncollapse.policy.schedules import Cosine, Linear
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.filters import DropDeadGroups
 from uncollapse.policy.stages.regularizers import EntropyBonus, KLPenalty
+from uncollapse.policy.stages.rewards import SoftOverlong
 from uncollapse.policy.stages.samplers import PlainSampler
 from uncollapse.policy.stages.surrogates import PPOClip
 
@@ -66,6 +67,7 @@ means = st.one_of(
 )
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     low=numbers,
     dual=st.one_of(st.none(), st.floats(1.5, 9)),
@@ -238,8 +240,8 @@ def test_python_objects_are_not_made(tmp_path):
 
 def test_a_stage_name_can_be_taken_once():
     @dataclasses.dataclass(frozen=True)
-    class Mine:
-        x: float = 1.0
+    class Mine(SoftOverlong):
+        """A stage that nobody has named."""
 
     with pytest.raises(ConfigError, match="'ppo-clip' is registered already, for PPOClip"):
         register_stage("surrogate", "ppo-clip", Mine)
