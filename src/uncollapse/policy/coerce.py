@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from uncollapse.errors import ConfigError, UnknownName
@@ -13,7 +14,8 @@ _WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: 
 
 
 def coerce(node: Located, hint: Any) -> Any:
-    """The value as `hint`: float, int, bool, str, None, Literal, a union of them, tuple[X, ...] or frozenset[X].
+    """The value as `hint`: float, int, bool, str, None, Literal, a union of them, tuple[X, ...],
+    frozenset[X] or Mapping[str, X].
 
     A whole number is accepted where a float is declared, and so is text that reads as one, since YAML 1.1 takes
     `1e-4` for text. Nothing else is converted. Raises `ConfigError` with the place of the value.
@@ -31,6 +33,9 @@ def coerce(node: Located, hint: Any) -> Any:
         if rest not in ([], [Ellipsis]):
             raise node.error("this option cannot be given in YAML; set it from Python")
         return origin(coerce(item, item_type) for item in node.sequence("this"))
+    if origin is Mapping:
+        _, value_type = get_args(hint)
+        return {key: coerce(value, value_type) for key, value in node.mapping("this").items()}
     if hint not in _WORDS:
         raise node.error("this option cannot be given in YAML; set it from Python")
     return _scalar(node, hint)
