@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
 from importlib.util import find_spec
 
@@ -44,6 +44,7 @@ class Paper:
         return _exists(self.study)
 
 
+@cache
 def _exists(module: str) -> bool:
     try:
         return find_spec(module) is not None

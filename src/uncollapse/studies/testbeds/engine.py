@@ -55,6 +55,12 @@ def _seed(clock: Clock, name: str) -> int:
     return int(clock.uniform(torch.tensor([0]), 1, name).item() * 2**31)
 
 
+OFFERS: frozenset[str | type[Stat]] = frozenset(
+    {"reward", "group", "ids", "length", "finished", "token_limit", "fresh_prompts", "other_logits", Stat}
+)
+"""Every kind of statistic, and all columns of single-turn data."""
+
+
 @dataclass
 class LogitsEngine:
     """Samples, scores and measures in a lab; holds the policy and, if a recipe asks, a frozen reference."""
@@ -67,8 +73,7 @@ class LogitsEngine:
     @property
     def offers(self) -> frozenset[str | type[Stat]]:
         """Every kind of statistic, and all columns of single-turn data."""
-        columns = {"reward", "group", "ids", "length", "finished", "token_limit"}
-        return frozenset(columns | {"fresh_prompts", "other_logits", Stat})
+        return OFFERS
 
     def fresh_prompts(self, count: int, clock: Clock, turn: int) -> Sequence[Any]:
         """The lab's; which ones depends on the clock and the turn alone."""

@@ -1,0 +1,92 @@
+"""The command line: it parses and prints, the work is done elsewhere. The only place that prints.
+
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a claim is not met where that was asked
+for, 2 something that the user can mend (said in one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App
+from cyclopts.exceptions import CycloptsError
+
+from uncollapse import __version__
+from uncollapse.cli.output import console, fail, show_warnings
+from uncollapse.errors import UncollapseError
+
+_VERBS = {
+    "demo": "uncollapse.cli.demo:demo",
+    "train": "uncollapse.cli.train:train",
+    "compare": "uncollapse.cli.compare:compare",
+    "report": "uncollapse.cli.reports:report",
+    "list": "uncollapse.cli.catalogue:list_",
+    "show": "uncollapse.cli.catalogue:show",
+    "reproduce": "uncollapse.cli.reproduce:reproduce",
+    "doctor": "uncollapse.cli.doctor:doctor",
+}
+
+
+def build() -> App:
+    """The application. A verb's module is imported when the verb or the help of all verbs is asked for."""
+    app = App(
+        name="uncollapse",
+        help="See, explain and prevent collapse: entropy collapse in reinforcement learning first of all.\n\n"
+        "Start with `uncollapse demo`: it trains a small language model until its entropy collapses, trains it again "
+        "with remedies, and writes a report.",
+        help_epilogue="Results go to stdout, progress to stderr. Exit codes: 0 done, 1 claim not met (--fail-on), "
+        "2 mistake in the input, 130 interrupted.",
+        version=__version__,
+        help_format="markdown",
+        suppress_keyboard_interrupt=False,
+    )
+    for name, target in _VERBS.items():
+        app.command(target, name=name)
+    recipe = App(name="recipe", help="Look at recipes: what they are made of, what they need, where they run.")
+    recipe.command("uncollapse.cli.recipe:show", name="show")
+    recipe.command("uncollapse.cli.recipe:list_", name="list")
+    app.command(recipe)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    show_warnings()
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    try:
+        result = build()(
+            tokens,
+            console=console(),
+            error_console=console(stderr=True),
+            print_error=False,
+            exit_on_error=False,
+            result_action="return_value",
+        )
+    except (UncollapseError, CycloptsError) as error:
+        fail(_advice(error))
+        return 2
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough; a second failure while closing would only confuse.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"the disk is full ({error.filename or 'while writing'}); make room and continue with --resume")
+        return 2
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _advice(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, CycloptsError):
+        chain = " ".join(error.command_chain or ())
+        name = " ".join(part for part in ("uncollapse", chain.removeprefix("uncollapse").strip()) if part)
+        return f"{text.rstrip('.')}; see {name} --help"
+    return text
