@@ -22,7 +22,9 @@ def record(slug: str) -> tuple[Path, dict[str, Any]] | None:
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise DataError(f"{path} cannot be read ({error}); run: uncollapse reproduce {slug}") from error
+                raise DataError(
+                    f"{path} cannot be read ({error}); run: uncollapse reproduce {slug}"
+                ) from error
             return path, dict(content)
     return None
 

@@ -119,7 +119,10 @@ class Recording(GRPOTrainer):
 
     def _local_batch(self, output, reward, clock):
         batch = super()._local_batch(output, reward, clock)
-        prompts = [row[keep.bool()].tolist() for row, keep in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
+        prompts = [
+            row[keep.bool()].tolist()
+            for row, keep in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
+        ]
         self.raw = replace(batch, stats={}).with_columns(prompt=prompts)
         self.weights_then = copy.deepcopy(self.model.state_dict())
         return batch
@@ -149,7 +152,9 @@ def test_conformance_with_the_testbed(tmp_path, name):
         planned = method.plan(mini)
         for column, value in planned.columns.items():
             if column.startswith(("map/", "own/")) or column in ("advantage", "weight"):
-                torch.testing.assert_close(window.columns[column].double(), value.double(), atol=1e-9, rtol=1e-6)
+                torch.testing.assert_close(
+                    window.columns[column].double(), value.double(), atol=1e-9, rtol=1e-6
+                )
         model.zero_grad()
         method.loss(engine.measure(planned, method.stats("loss"), grad=True)).loss.backward()
         for ours, reference in zip(keep.gradients[update], model.parameters(), strict=True):
@@ -182,7 +187,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         toy.llama(), toy.digit_share, toy.config(tmp_path, max_steps=4), train_dataset=toy.prompts(),
         processing_class=toy.tokenizer(), recipe="adaptive-entropy",
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="checkpoint is of recipe 'grpo', this run is of 'adaptive-entropy'"):
+    with pytest.raises(
+        ConfigError, match="checkpoint is of recipe 'grpo', this run is of 'adaptive-entropy'"
+    ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
@@ -203,8 +210,12 @@ def test_options_that_the_recipe_owns_are_refused(tmp_path, changes, message):
 def test_a_reference_policy_is_there_when_a_penalty_reads_it_and_only_then(tmp_path):
     from peft import LoraConfig
 
-    penalised = replace(recipe("grpo"), name="grpo-kl", regularizers=(Weighted(KLPenalty("ref", "k3"), coef=0.1),))
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    penalised = replace(
+        recipe("grpo"), name="grpo-kl", regularizers=(Weighted(KLPenalty("ref", "k3"), coef=0.1),)
+    )
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     trainer, keep = run(tmp_path, recipe=penalised, peft_config=lora)
     first = [row for row in trainer.state.log_history if "loss/KLPenalty" in row][0]
     assert first["loss/KLPenalty"] > 0  # the adapter is not zero at the start, so it differs from its base
@@ -225,7 +236,10 @@ def test_an_unscorable_row_is_named_and_leaves_the_loss(tmp_path):
 
 def test_dynamic_sampling_replaces_dead_groups(tmp_path):
     def odd_prompts_are_dead(prompts, completions, **columns):
-        return [0.0 if int(p.split("=")[0].split("+")[0]) % 2 else float(len(c)) for p, c in zip(prompts, completions, strict=True)]
+        return [
+            0.0 if int(p.split("=")[0].split("+")[0]) % 2 else float(len(c))
+            for p, c in zip(prompts, completions, strict=True)
+        ]
 
     trainer, _ = run(tmp_path, recipe="dapo", reward=odd_prompts_are_dead, per_device_train_batch_size=16)
     logged = [row for row in trainer.state.log_history if "sampler/oversampling" in row]

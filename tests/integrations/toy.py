@@ -37,12 +37,17 @@ def gpt2(seed=0):
 
 
 def prompts(count=32):
-    return Dataset.from_list([{"prompt": f"{i}+{i}=" if i % 3 else f"{i}=", "answer": str(i % 10)} for i in range(count)])
+    return Dataset.from_list(
+        [{"prompt": f"{i}+{i}=" if i % 3 else f"{i}=", "answer": str(i % 10)} for i in range(count)]
+    )
 
 
 def digit_share(prompts, completions, answer, **columns):
     """The share of a completion's characters that are the answer, in steps: rarely equal within a group."""
-    return [sum(c == a for c in text) / 8 + 0.05 * text.count("+") for text, a in zip(completions, answer, strict=True)]
+    return [
+        sum(c == a for c in text) / 8 + 0.05 * text.count("+")
+        for text, a in zip(completions, answer, strict=True)
+    ]
 
 
 def config(output, **changes):

@@ -18,7 +18,9 @@ class Table(nn.Module):
     def __init__(self, prompts=5, vocab=7, seed=0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.table = nn.Parameter(torch.randn(prompts, vocab + 1, vocab, generator=generator, dtype=torch.float64))
+        self.table = nn.Parameter(
+            torch.randn(prompts, vocab + 1, vocab, generator=generator, dtype=torch.float64)
+        )
 
 
 @dataclass

@@ -23,7 +23,11 @@ def padded(batch: Batch, extra: int) -> Batch:
     time = batch.mask.shape[1] + extra
 
     def grow(value):
-        return _pad(value, time) if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] > 1 else value
+        return (
+            _pad(value, time)
+            if isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] > 1
+            else value
+        )
 
     return replace(
         batch,
@@ -68,7 +72,9 @@ def test_nan_rewards_leave_the_loss(name):
     engine, batch = prepared(method)
     nan = batch.reward.clone()
     nan[::3] = torch.nan
-    raw = {k: v for k, v in batch.columns.items() if k not in ("advantage", "keep", "weight") and "/" not in k}
+    raw = {
+        k: v for k, v in batch.columns.items() if k not in ("advantage", "keep", "weight") and "/" not in k
+    }
     fresh = method.prepare(replace(batch, columns={**raw, "reward": nan}))
     assert not fresh.mask[::3].any()
     loss, gradient = loss_and_gradient(engine, method, fresh, [torch.arange(len(batch))])

@@ -9,7 +9,7 @@ import pytest
 from uncollapse.errors import ConfigError, UnknownName
 from uncollapse.studies.claims import Bound, Claim, Verdict
 from uncollapse.studies.statistics import Estimate, exact, mean_over_seeds
-from uncollapse.studies.study import Trials, Measurements, Study, reproduce, run_study, write_atomically
+from uncollapse.studies.study import Measurements, Study, Trials, reproduce, run_study, write_atomically
 
 CLAIM = Claim("E1", "x is positive", "x over seeds", Bound("x", ">", 0.0), "x")
 

@@ -45,7 +45,9 @@ def build() -> App:
     )
     for name, target in _VERBS.items():
         app.command(target, name=name)
-    recipe = App(name="recipe", help="Look at recipes: what they are made of, what they need, where they run.")
+    recipe = App(
+        name="recipe", help="Look at recipes: what they are made of, what they need, where they run."
+    )
     recipe.command("uncollapse.cli.recipe:show", name="show")
     recipe.command("uncollapse.cli.recipe:list_", name="list")
     app.command(recipe)

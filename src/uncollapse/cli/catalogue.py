@@ -53,7 +53,9 @@ def _status(entry: Paper) -> str:
 def _recipes() -> list[dict[str, str]]:
     from uncollapse.policy.recipe import recipes
 
-    return [{"recipe": name, "paper": made.paper, "summary": made.summary} for name, made in recipes().items()]
+    return [
+        {"recipe": name, "paper": made.paper, "summary": made.summary} for name, made in recipes().items()
+    ]
 
 
 def _tasks() -> list[dict[str, str]]:
@@ -117,7 +119,9 @@ def _use(entry: Paper) -> list[str]:
 
         names = [name for name, made in recipes().items() if made.paper == entry.arxiv]
         if names:
-            lines.append(f"train:  uncollapse train --recipe {names[0]} --model tiny --task modsum --output runs/{names[0]}")
+            lines.append(
+                f"train:  uncollapse train --recipe {names[0]} --model tiny --task modsum --output runs/{names[0]}"
+            )
             lines.append(f"look:   uncollapse recipe show {names[-1]}")
     if entry.studied:
         lines.append(f"check:  uncollapse reproduce {entry.slug}")
@@ -129,7 +133,12 @@ def _verdicts(path: Path, result: dict[str, Any]) -> None:
     say(f"measured ({path}, seeds {json.dumps(provenance.get('seeds', []))}):")
     estimates = result.get("estimates", {})
     rows = [
-        [claim["id"], claim.get("verdict") or "no verdict", interval(estimates.get(claim.get("effect"))), claim["paper_says"]]
+        [
+            claim["id"],
+            claim.get("verdict") or "no verdict",
+            interval(estimates.get(claim.get("effect"))),
+            claim["paper_says"],
+        ]
         for claim in result.get("claims", [])
     ]
     table(["claim", "verdict", "effect (95% CI)", "the paper says"], rows)

@@ -45,7 +45,9 @@ def show_warnings() -> None:
     warnings.filterwarnings("always", module=r"uncollapse(\..*)?")
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        console(stderr=True).print(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}", soft_wrap=True)
+        console(stderr=True).print(
+            f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}", soft_wrap=True
+        )
 
     warnings.showwarning = show
 
@@ -57,7 +59,9 @@ def as_json(data: Any) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """A table on stdout; the last column wraps, the others keep to one line."""
-    grid = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    grid = Table(
+        title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for index, column in enumerate(columns):
         last = index == len(columns) - 1
         grid.add_column(column, no_wrap=not last, overflow="fold" if last else "ellipsis")

@@ -24,8 +24,12 @@ def show(
     recipe: str,
     /,
     *,
-    updates: Annotated[int | None, Parameter(help="Optimiser steps per rollout batch, to say what is inert then.")] = None,
-    yaml: Annotated[bool, Parameter(negative="", help="Print the recipe as YAML, every option spelled out.")] = False,
+    updates: Annotated[
+        int | None, Parameter(help="Optimiser steps per rollout batch, to say what is inert then.")
+    ] = None,
+    yaml: Annotated[
+        bool, Parameter(negative="", help="Print the recipe as YAML, every option spelled out.")
+    ] = False,
     json_: AsJson = False,
 ) -> None:
     """Show what a recipe is made of, what it needs and costs, and which engines run it.
@@ -49,7 +53,9 @@ def show(
     engines, absent = offers()
     card = describe(made, engines=engines, updates=updates)
     if json_:
-        as_json({**asdict(card), "engines": {**card.engines, **{name: [why] for name, why in absent.items()}}})
+        as_json(
+            {**asdict(card), "engines": {**card.engines, **{name: [why] for name, why in absent.items()}}}
+        )
         return
     say(f"{card.name}: {card.summary or 'no summary'}")
     if card.paper:
@@ -61,7 +67,9 @@ def show(
             [
                 stage.slot,
                 stage.name,
-                {"minibatch": "optimiser step", "microbatch": "micro-batch"}.get(str(stage.scope), stage.scope or "-"),
+                {"minibatch": "optimiser step", "microbatch": "micro-batch"}.get(
+                    str(stage.scope), stage.scope or "-"
+                ),
                 "yes" if stage.memory else "-",
                 ", ".join(f"{name} {value}" for name, value in stage.options.items()) or "-",
             ]

@@ -42,7 +42,9 @@ class Sampler:
                     max_new_tokens=self.max_tokens,
                     pad_token_id=self.tokenizer.pad_token_id,
                 )
-                for row, mask, prompt in zip(output, inputs["attention_mask"], inputs["input_ids"], strict=True):
+                for row, mask, prompt in zip(
+                    output, inputs["attention_mask"], inputs["input_ids"], strict=True
+                ):
                     completion = self._completion(row[width:])
                     yield prompt[mask.bool()].tolist(), completion, self._text(completion)
 
@@ -51,7 +53,12 @@ class Sampler:
         # A chat template writes the special tokens itself.
         plain = isinstance(prompts[0], str)
         return self.tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=plain, return_token_type_ids=False
+            texts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=plain,
+            return_token_type_ids=False,
         )
 
     def _chat(self, messages: Any) -> str:
@@ -68,7 +75,9 @@ class Sampler:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def evaluate(sampler: Sampler, task: Task, rows: Sequence[Row], *, samples: int, seed: int) -> dict[str, float]:
+def evaluate(
+    sampler: Sampler, task: Task, rows: Sequence[Row], *, samples: int, seed: int
+) -> dict[str, float]:
     """`eval/...` metrics from `samples` completions of each held-out row.
 
     A completion is right if its score is 1. Rows with a completion that cannot be scored are left out. Answers are
@@ -86,10 +95,14 @@ def evaluate(sampler: Sampler, task: Task, rows: Sequence[Row], *, samples: int,
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
     for k in ks:
         found[f"eval/pass@{k}"] = float(pass_at_k(samples, correct, k).mean())
-    answers = np.array([normalised(final_answer(text)) for text in texts], dtype=object).reshape(len(rows), samples)
+    answers = np.array([normalised(final_answer(text)) for text in texts], dtype=object).reshape(
+        len(rows), samples
+    )
     groups = [(list(answers[i]), right[i]) for i in np.flatnonzero(known)]
     found[f"eval/maj@{samples}"] = float(np.mean([_majority(given, good, samples) for given, good in groups]))
-    distinct = [distinct_answers([a for a, g in zip(given, good, strict=True) if g]) for given, good in groups]
+    distinct = [
+        distinct_answers([a for a, g in zip(given, good, strict=True) if g]) for given, good in groups
+    ]
     found["eval/distinct"] = float(np.mean(distinct))
     return found
 
@@ -114,7 +127,9 @@ def scored(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray:
     return np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
 
 
-def probe_completions(sampler: Sampler, task: Task, rows: Sequence[Row], *, seed: int) -> list[dict[str, Any]]:
+def probe_completions(
+    sampler: Sampler, task: Task, rows: Sequence[Row], *, seed: int
+) -> list[dict[str, Any]]:
     """One completion per row by the untrained model, to be scored again as training goes on."""
     found = list(sampler([row["prompt"] for row in rows], seed=seed))
     scores = scored(task, rows, [text for _, _, text in found])

@@ -30,7 +30,11 @@ def fresh_rows(dataset: Any, count: int, first: int, clock: Clock, turn: int) ->
 
 
 def replace_rows(
-    output: Mapping[str, Any], fresh: Mapping[str, Any], into: Int[Tensor, " n"], source: Int[Tensor, " n"], pad_id: int
+    output: Mapping[str, Any],
+    fresh: Mapping[str, Any],
+    into: Int[Tensor, " n"],
+    source: Int[Tensor, " n"],
+    pad_id: int,
 ) -> dict[str, Any]:
     """The generation batch `output` with rows `into` taken from rows `source` of `fresh`, padded to the longer."""
     merged: dict[str, Any] = {}

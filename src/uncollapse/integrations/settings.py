@@ -1,11 +1,11 @@
 """What a training run is told: one flat list of settings, from YAML, flags or Python, checked before anything starts.
 
-    recipe: clip-cov          # a name, a file, or a recipe spelled out
-    model: tiny
-    task: modsum              # or dataset: problems.jsonl, with columns: {prompt: question, answer: gold}
-    steps: 100
-    seed: 0
-    output: runs/clip-cov
+recipe: clip-cov          # a name, a file, or a recipe spelled out
+model: tiny
+task: modsum              # or dataset: problems.jsonl, with columns: {prompt: question, answer: gold}
+steps: 100
+seed: 0
+output: runs/clip-cov
 """
 
 from __future__ import annotations
@@ -79,9 +79,13 @@ class TrainConfig:
         if self.task is not None and self.dataset is not None:
             raise ConfigError("task and dataset are both given; keep one")
         if self.columns and self.dataset is None:
-            raise ConfigError("columns belong to a dataset, and none is given; add dataset or leave columns out")
+            raise ConfigError(
+                "columns belong to a dataset, and none is given; add dataset or leave columns out"
+            )
         if self.samples < 2:
-            raise ConfigError(f"the sampler draws {self.samples} completion per prompt; a group needs at least 2")
+            raise ConfigError(
+                f"the sampler draws {self.samples} completion per prompt; a group needs at least 2"
+            )
         if self.rollout_rows % self.updates:
             raise ConfigError(
                 f"{self.rollout_rows} rows per rollout ({self.prompts} prompts x {self.samples} samples) cannot be split "
@@ -151,7 +155,9 @@ def read_settings(node: Located, **given: Any) -> TrainConfig:
         values[name] = _recipe(member) if name == "recipe" else coerce(member, hints[name])
     for name, value in given.items():
         if value is not None:
-            values[name] = resolve(value) if name == "recipe" else coerce(locate(value, path=name), hints[name])
+            values[name] = (
+                resolve(value) if name == "recipe" else coerce(locate(value, path=name), hints[name])
+            )
     # A flag that names the data replaces the file's other way of naming it.
     for name, other in (("task", "dataset"), ("dataset", "task")):
         if given.get(name) is not None and given.get(other) is None:

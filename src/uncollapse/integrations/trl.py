@@ -26,7 +26,6 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
-
 from trl.trainer.utils import use_adapter
 
 from uncollapse.errors import ConfigError
@@ -37,7 +36,7 @@ from uncollapse.policy.metrics import rollout_metrics
 from uncollapse.policy.recipe import LossReport, Recipe
 from uncollapse.policy.recipe import recipe as registered
 from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
-from uncollapse.policy.stats import KL, Entropy, Logp
+from uncollapse.policy.stats import Entropy, Logp
 
 STATE_FILE = "uncollapse_recipe.pt"
 
@@ -87,7 +86,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         self.beta = settings.beta = 0.0
         self._reads_reference = reference
         if self.aux_loss_enabled or getattr(self, "_is_vlm", False):
-            raise ConfigError("mixture-of-experts and vision-language models cannot run a recipe yet; use a dense text model")
+            raise ConfigError(
+                "mixture-of-experts and vision-language models cannot run a recipe yet; use a dense text model"
+            )
         bare = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_completion_stats(bare, self.temperature)
         self._positions = takes_position_ids(bare)
@@ -101,7 +102,9 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     # ---- rollout -------------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
         self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._raw_rewards
 
@@ -141,7 +144,9 @@ class GRPOTrainer(trl.GRPOTrainer):
             rounds=self.recipe.sampler.rounds,
             clock=clock,
             first=self.accelerator.process_index * groups,
-            most=lambda count: int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max()),
+            most=lambda count: int(
+                self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max()
+            ),
             pad_id=self._tokenizer.pad_token_id,
         )
         self._metrics["train"]["sampler/oversampling"].append(generated / len(inputs))
@@ -178,7 +183,10 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _rollout_stats(self, output: Mapping[str, Any], mask: Tensor) -> dict[Stat, Tensor]:
         wanted = self.recipe.stats("rollout") | {Entropy("old")}
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
             found = self._measured(self.model, output, mask, [s for s in wanted if s.whose == "old"])
             if self._reads_reference:
                 with self._reference() as reference:
@@ -190,7 +198,9 @@ class GRPOTrainer(trl.GRPOTrainer):
             return nullcontext(self.ref_model)
         return _adapter_off(self)
 
-    def _measured(self, model: Any, inputs: Mapping[str, Any], mask: Tensor, stats: list[Stat]) -> dict[Stat, Tensor]:
+    def _measured(
+        self, model: Any, inputs: Mapping[str, Any], mask: Tensor, stats: list[Stat]
+    ) -> dict[Stat, Tensor]:
         """Measure local rows, in pieces of the micro-batch's size unless gradient is needed."""
         if not stats:
             return {}
@@ -244,7 +254,11 @@ class GRPOTrainer(trl.GRPOTrainer):
         assert rollout is not None
         mini = replace(rollout[rows], clock=replace(rollout.clock, update=update))
         if self.recipe.has("minibatch"):
-            mini = mini.old_as_now() if update == 0 and not self._dropout else self._measured_now(mini, accumulated)
+            mini = (
+                mini.old_as_now()
+                if update == 0 and not self._dropout
+                else self._measured_now(mini, accumulated)
+            )
         self._window = self.recipe.plan(mini)
         # Rows are known to the micro-batches by their number in the rollout; find them in the window.
         self._place = torch.full((len(rollout),), -1, dtype=torch.long, device=rows.device)
@@ -254,7 +268,10 @@ class GRPOTrainer(trl.GRPOTrainer):
         """The window with the current policy's statistics: one forward pass without gradient."""
         stats = sorted(self.recipe.stats("plan"), key=repr)
         found: list[dict[Stat, Tensor]] = []
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+        ):
             for inputs in accumulated:
                 found.append(self._measured(self.model, inputs, self._rollout.mask[inputs["row"]], stats))  # type: ignore[union-attr]
         local = {stat: torch.cat([piece[stat] for piece in found]) for stat in stats}
@@ -284,7 +301,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         if self._step % self.args.gradient_accumulation_steps == 0:
             self._sums: dict[str, Tensor] = {}
         for name, value in report.terms.items():
-            self._sums[f"loss/{name}"] = self._sums.get(f"loss/{name}", 0) + torch.stack([value, torch.zeros_like(value)])
+            self._sums[f"loss/{name}"] = self._sums.get(f"loss/{name}", 0) + torch.stack(
+                [value, torch.zeros_like(value)]
+            )
         for name, (total, weight) in report.metrics.items():
             self._sums[name] = self._sums.get(name, 0) + torch.stack([total, weight])
         if self.accelerator.sync_gradients:
@@ -324,7 +343,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._finish_rollout()
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = (
+                Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            )
             state = {"rollouts": self._rollouts, **self.recipe.state_dict()}
             partial = folder / f"{STATE_FILE}.part"
             torch.save(state, partial)
@@ -336,7 +357,9 @@ class GRPOTrainer(trl.GRPOTrainer):
             return
         path = Path(checkpoint) / STATE_FILE
         if not path.exists():
-            raise ConfigError(f"{checkpoint} was not written with a recipe (no {STATE_FILE}); start a new run from its weights")
+            raise ConfigError(
+                f"{checkpoint} was not written with a recipe (no {STATE_FILE}); start a new run from its weights"
+            )
         state = torch.load(path, weights_only=True)
         self._rollouts = int(state.pop("rollouts"))
         self.recipe.load_state_dict(state)
@@ -361,7 +384,9 @@ def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
     changed = [name for name in OWNED if getattr(args, name) != defaults[name]]
     if changed:
         told = ", ".join(f"{name}={getattr(args, name)!r}" for name in changed)
-        raise ConfigError(f"{told}: the recipe {recipe.name!r} decides this; leave the default and change the recipe")
+        raise ConfigError(
+            f"{told}: the recipe {recipe.name!r} decides this; leave the default and change the recipe"
+        )
     if args.steps_per_generation % args.gradient_accumulation_steps:
         raise ConfigError(
             f"steps_per_generation={args.steps_per_generation} must be a multiple of gradient_accumulation_steps="

@@ -22,7 +22,6 @@ from uncollapse.errors import ConfigError, UnknownName
 from uncollapse.policy.batch import PARTS, Batch, Stat
 from uncollapse.policy.protocols import (
     Memory,
-    Needs,
     Replay,
     Sampler,
     Scope,
