@@ -217,7 +217,7 @@ def test_a_reference_policy_is_there_when_a_penalty_reads_it_and_only_then(tmp_p
         r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
     )
     trainer, keep = run(tmp_path, recipe=penalised, peft_config=lora)
-    first = [row for row in trainer.state.log_history if "loss/KLPenalty" in row][0]
+    first = next(row for row in trainer.state.log_history if "loss/KLPenalty" in row)
     assert first["loss/KLPenalty"] > 0  # the adapter is not zero at the start, so it differs from its base
     assert any(g is not None and g.abs().sum() > 0 for g in keep.gradients[0])
     plain, _ = run(tmp_path / "plain", recipe="grpo")
