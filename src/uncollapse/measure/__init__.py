@@ -1,6 +1,7 @@
 """Instruments: pure functions on arrays and tensors; no training, no I/O.
 
-Names load on first use, so that importing this package needs no torch.
+Names load on first use, so that importing this package needs no torch. The function `token_stats` is imported from
+its module, `from uncollapse.measure.token_stats import token_stats`: here the name means the module.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "token_stats": ("token_stats", "token_stats_from_logits"),
+    "token_stats": ("token_stats_from_logits",),
     "statistics": (
         "Collision",
         "Entropy",
@@ -22,6 +23,40 @@ _HOME = {
         "TemperedLogp",
         "TopKMass",
         "Varentropy",
+    ),
+    "entropy": (
+        "collision_probability",
+        "entropy_from_counts",
+        "gaussian_entropy",
+        "knn_entropy",
+        "renyi_entropy",
+        "renyi_entropy_from_logits",
+        "shannon_entropy",
+        "shannon_entropy_from_logits",
+        "tsallis_entropy",
+        "tsallis_entropy_from_logits",
+        "von_neumann_entropy",
+    ),
+    "diversity": (
+        "answer_ids",
+        "cosine_similarity",
+        "distinct_answers",
+        "distinct_n",
+        "expected_distinct",
+        "jaccard_similarity",
+        "majority_at_k",
+        "pass_at_k",
+        "self_similarity",
+    ),
+    "spectra": (
+        "SecondMoment",
+        "condition_number",
+        "effective_rank",
+        "numerical_rank",
+        "participation_ratio",
+        "singular_values",
+        "spectral_norm",
+        "stable_rank",
     ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
