@@ -22,21 +22,40 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
 BENCHMARKS = ROOT / "benchmarks" / "results.json"
-BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z]+)(?: (?P<argument>[\w./-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-SLOTS = ("sampler", "rewards", "filters", "advantage", "weights", "surrogate", "mean", "regularizers", "replay")
+BLOCK = re.compile(
+    r"(<!-- generated: (?P<name>[a-z]+)(?: (?P<argument>[\w./-]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
+SCHEMA_FIELDS = ("needs", "gives")
+"""What the protocol asks of every stage; a reader of the recipes' settings need not see it."""
+SLOTS = (
+    "sampler",
+    "rewards",
+    "filters",
+    "advantage",
+    "weights",
+    "surrogate",
+    "mean",
+    "regularizers",
+    "replay",
+)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; a bar inside a cell is escaped."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
 def figure(value: object) -> str:
-    """A number to four digits, a missing one as a dash, anything else as it is."""
+    """A number to four digits, a missing one as a dash, a set in order, anything else as it is."""
     if value is None:
-        return "–"
+        return "-"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(str, value))) + "}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -53,7 +72,7 @@ def effect(record: Mapping[str, Any], name: str) -> str:
     """An estimate as `value [low, high]`, with what it is."""
     estimate = record["estimates"].get(name)
     if estimate is None:
-        return "–"
+        return "-"
     low, high = estimate.get("low"), estimate.get("high")
     interval = "" if low is None or high is None or low == high else f" [{figure(low)}, {figure(high)}]"
     return f"{figure(estimate.get('value'))}{interval} ({name})"
@@ -69,7 +88,9 @@ def results_table(argument: str | None) -> str:
         name = record["slug"] if record["slug"] in papers() else f"{record['slug']} (not in the catalogue)"
         link = f"[{name}]({page})" if (ROOT / page).is_file() else name
         for claim in record["claims"]:
-            rows.append((link, claim["id"], claim["paper_says"], claim["verdict"], effect(record, claim["effect"])))
+            rows.append(
+                (link, claim["id"], claim["paper_says"], claim["verdict"], effect(record, claim["effect"]))
+            )
     if not rows:
         return "No study has been run to the end yet."
     return table(("paper", "claim", "the paper says", "verdict here", "effect [95% interval]"), rows)
@@ -82,7 +103,8 @@ def result_of(argument: str | None) -> str:
         return f"Not measured yet. `uncollapse reproduce {argument}` measures it."
     (record,) = found
     rows = [
-        (c["id"], c["paper_says"], c["criterion"], effect(record, c["effect"]), f"**{c['verdict']}**") for c in record["claims"]
+        (c["id"], c["paper_says"], c["criterion"], effect(record, c["effect"]), f"**{c['verdict']}**")
+        for c in record["claims"]
     ]
     text = [table(("claim", "the paper says", "criterion, fixed before the run", "effect", "verdict"), rows)]
     if record.get("limits"):
@@ -100,22 +122,23 @@ def papers_table(argument: str | None) -> str:
     from uncollapse.catalogue import papers
 
     verdicts = {
-        r["slug"]: ", ".join(f"{c['id']} {c['verdict']}" for c in r["claims"] if c["verdict"]) for r in records()
+        r["slug"]: ", ".join(f"{c['id']} {c['verdict']}" for c in r["claims"] if c["verdict"])
+        for r in records()
     }
     rows = []
     for slug, entry in papers().items():
         if argument not in (None, entry.room):
             continue
         name = f"[{slug}]({slug}.md)" if (DOCS / "papers" / f"{slug}.md").is_file() else slug
-        code = f"[{entry.code}](https://github.com/{entry.code})" if entry.code else "–"
+        code = f"[{entry.code}](https://github.com/{entry.code})" if entry.code else "-"
         rows.append(
             (
                 name,
                 f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})",
                 entry.room,
-                "yes" if entry.implemented else "–",
-                "yes" if entry.studied else "–",
-                verdicts.get(slug) or "–",
+                "yes" if entry.implemented else "-",
+                "yes" if entry.studied else "-",
+                verdicts.get(slug) or "-",
                 code,
             )
         )
@@ -136,10 +159,19 @@ def stage_text(stage: object) -> str:
     options = []
     for field in dataclasses.fields(stage):
         value = getattr(stage, field.name)
-        if field.repr and field.init:
+        if field.repr and field.init and field.name not in SCHEMA_FIELDS:
             text = stage_text(value) if dataclasses.is_dataclass(value) else figure(value)
             options.append(f"{field.name}={text}")
     return f"{type(stage).__name__}({', '.join(options)})"
+
+
+def arxiv(paper: str) -> str:
+    """A link, if this is an arXiv id."""
+    return (
+        f"[{paper}](https://arxiv.org/abs/{paper})"
+        if re.fullmatch(r"\d{4}\.\d{4,5}", paper)
+        else paper or "-"
+    )
 
 
 def recipes_table(argument: str | None) -> str:
@@ -147,7 +179,8 @@ def recipes_table(argument: str | None) -> str:
     from uncollapse.policy.recipe import recipes
 
     known = recipes()
-    parts = [table(("recipe", "what it does", "from"), ((f"[`{n}`](#{n})", r.summary, r.paper) for n, r in known.items()))]
+    rows = ((f"[`{n}`](#{n})", r.summary, arxiv(r.paper)) for n, r in known.items())
+    parts = [table(("recipe", "what it does", "from"), rows)]
     for name, recipe in known.items():
         rows = []
         for slot in SLOTS:
@@ -167,7 +200,7 @@ def glossary(argument: str | None) -> str:
         return "The glossary of the report does not exist yet."
     from uncollapse.report.glossary import TERMS
 
-    rows = ((f"`{term.key}`", term.name, term.unit or "–", term.reading) for term in TERMS)
+    rows = ((f"`{term.key}`", term.name, term.unit or "-", term.reading) for term in TERMS)
     return table(("metric", "name", "unit", "how to read it"), rows)
 
 
@@ -253,7 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not check:
                 file.write_text(new, encoding="utf-8")
     if stale:
-        print(f"stale: {', '.join(stale)}; run: python docs/generate.py" if check else f"written: {', '.join(stale)}")
+        print(
+            f"stale: {', '.join(stale)}; run: python docs/generate.py"
+            if check
+            else f"written: {', '.join(stale)}"
+        )
     return int(check and bool(stale))
 
 

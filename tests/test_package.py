@@ -19,7 +19,18 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "numpy", "scipy", "transformers", "trl", "matplotlib", "pandas", "datasets", "pydantic", "rich")
+HEAVY = (
+    "torch",
+    "numpy",
+    "scipy",
+    "transformers",
+    "trl",
+    "matplotlib",
+    "pandas",
+    "datasets",
+    "pydantic",
+    "rich",
+)
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +53,9 @@ def test_rooms_load_on_first_use() -> None:
 
 def test_rooms_are_those_on_disk() -> None:
     package = Path(uncollapse.__file__).parent
-    there = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    there = {path.stem for path in package.glob("*.py")} | {
+        path.parent.name for path in package.glob("*/__init__.py")
+    }
     named = {name for name in uncollapse.__all__ if name.islower() and name.isidentifier() and name[0] != "_"}
     assert named == there - {"__init__", "__main__", "errors", "cli"}
     for name in sorted(named - {"integrations"}):
@@ -59,7 +72,9 @@ def test_every_dependency_is_pinned_in_the_constraints() -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(need for name in extras if name != "verl" for need in extras[name])]
     lines = [
-        line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")
+        line
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line[:1] not in ("", "#")
     ]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.11\")?", line) for line in lines)
 
@@ -79,14 +94,19 @@ def test_catalogue_entries_are_well_formed(slug: str) -> None:
     assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", entry.date)
     assert entry.authors is None or entry.authors > 0
     assert entry.code is None or re.fullmatch(r"[\w.-]+/[\w.-]+", entry.code)
-    assert entry.module.startswith(f"uncollapse.{entry.room}.") and entry.module.split(".")[-1].isidentifier()
+    assert entry.module.startswith(f"uncollapse.{entry.room}.")
+    assert entry.module.split(".")[-1].isidentifier()
     assert entry.study == f"uncollapse.studies.{entry.module.split('.')[-1]}"
 
 
 def test_catalogue_names_each_paper_once() -> None:
     known = papers()
     assert list(known) == sorted(known)
-    assert len({entry.arxiv for entry in known.values()}) == len({entry.module for entry in known.values()}) == len(known)
+    assert (
+        len({entry.arxiv for entry in known.values()})
+        == len({entry.module for entry in known.values()})
+        == len(known)
+    )
 
 
 def test_unknown_names_come_with_the_nearest() -> None:
