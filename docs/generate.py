@@ -1,0 +1,299 @@
+"""Fill the generated blocks of the README and the docs from the code and from measured results.
+
+A block is what stands between `<!-- generated: NAME ARGUMENT -->` and `<!-- end -->`. `python docs/generate.py`
+writes them all; `--check` writes nothing and fails, naming the files, when one is stale. A source that does not
+exist yet gives a line that says so, never made-up content.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS, RESULTS = ROOT / "docs", ROOT / "results"
+BENCHMARKS = ROOT / "benchmarks" / "results.json"
+BLOCK = re.compile(
+    r"(<!-- generated: (?P<name>[a-z]+)(?: (?P<argument>[\w./-]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
+SCHEMA_FIELDS = ("needs", "gives")
+"""What the protocol asks of every stage; a reader of the recipes' settings need not see it."""
+SLOTS = (
+    "sampler",
+    "rewards",
+    "filters",
+    "advantage",
+    "weights",
+    "surrogate",
+    "mean",
+    "regularizers",
+    "replay",
+)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += [
+        "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def figure(value: object) -> str:
+    """A number to four digits, a missing one as a dash, a set in order, anything else as it is."""
+    if value is None:
+        return "-"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(str, value))) + "}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- results of studies ------------------------------------------------------------------------------------
+
+
+def records(slug: str | None = None) -> list[dict[str, Any]]:
+    """The stored results, or the one of a paper."""
+    files = sorted(RESULTS.glob("*.json")) if slug is None else [RESULTS / f"{slug}.json"]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+
+
+def effect(record: Mapping[str, Any], name: str) -> str:
+    """An estimate as `value [low, high]`, with what it is."""
+    estimate = record["estimates"].get(name)
+    if estimate is None:
+        return "-"
+    low, high = estimate.get("low"), estimate.get("high")
+    interval = "" if low is None or high is None or low == high else f" [{figure(low)}, {figure(high)}]"
+    return f"{figure(estimate.get('value'))}{interval} ({name})"
+
+
+def results_table(argument: str | None) -> str:
+    """Every claim that was measured, for the README."""
+    from uncollapse.catalogue import papers
+
+    rows = []
+    for record in records(argument):
+        page = f"docs/papers/{record['slug']}.md"
+        name = record["slug"] if record["slug"] in papers() else f"{record['slug']} (not in the catalogue)"
+        link = f"[{name}]({page})" if (ROOT / page).is_file() else name
+        for claim in record["claims"]:
+            rows.append(
+                (link, claim["id"], claim["paper_says"], claim["verdict"], effect(record, claim["effect"]))
+            )
+    if not rows:
+        return "No study has been run to the end yet."
+    return table(("paper", "claim", "the paper says", "verdict here", "effect [95% interval]"), rows)
+
+
+def result_of(argument: str | None) -> str:
+    """The claims of one paper with criterion, effect and provenance, for its page."""
+    found = records(argument)
+    if not found:
+        return f"Not measured yet. `uncollapse reproduce {argument}` measures it."
+    (record,) = found
+    rows = [
+        (c["id"], c["paper_says"], c["criterion"], effect(record, c["effect"]), f"**{c['verdict']}**")
+        for c in record["claims"]
+    ]
+    text = [table(("claim", "the paper says", "criterion, fixed before the run", "effect", "verdict"), rows)]
+    if record.get("limits"):
+        text.append(f"Limits: {record['limits']}")
+    shown = {k: v for k, v in record["provenance"].items() if isinstance(v, (str, int, float)) and v != ""}
+    text.append("Measured with: " + ", ".join(f"{key} {figure(value)}" for key, value in shown.items()) + ".")
+    return "\n\n".join(text)
+
+
+# ---- the catalogue -----------------------------------------------------------------------------------------
+
+
+def papers_table(argument: str | None) -> str:
+    """Every paper of the catalogue (of one room, if one is named) with what exists of it."""
+    from uncollapse.catalogue import papers
+
+    verdicts = {
+        r["slug"]: ", ".join(f"{c['id']} {c['verdict']}" for c in r["claims"] if c["verdict"])
+        for r in records()
+    }
+    rows = []
+    for slug, entry in papers().items():
+        if argument not in (None, entry.room):
+            continue
+        name = f"[{slug}]({slug}.md)" if (DOCS / "papers" / f"{slug}.md").is_file() else slug
+        code = f"[{entry.code}](https://github.com/{entry.code})" if entry.code else "-"
+        rows.append(
+            (
+                name,
+                f"[{entry.title}](https://arxiv.org/abs/{entry.arxiv})",
+                entry.room,
+                "yes" if entry.implemented else "-",
+                "yes" if entry.studied else "-",
+                verdicts.get(slug) or "-",
+                code,
+            )
+        )
+    head = ("slug", "paper", "room", "implemented", "studied", "verdict", "official code")
+    done = sum(row[3] == "yes" for row in rows)
+    return f"{done} of {len(rows)} papers are implemented.\n\n{table(head, rows)}"
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------
+
+
+def stage_text(stage: object) -> str:
+    """A stage with the settings that it really has."""
+    if stage is None:
+        return ""
+    if not dataclasses.is_dataclass(stage):
+        return type(stage).__name__
+    options = []
+    for field in dataclasses.fields(stage):
+        value = getattr(stage, field.name)
+        if field.repr and field.init and field.name not in SCHEMA_FIELDS:
+            text = stage_text(value) if dataclasses.is_dataclass(value) else figure(value)
+            options.append(f"{field.name}={text}")
+    return f"{type(stage).__name__}({', '.join(options)})"
+
+
+def arxiv(paper: str) -> str:
+    """A link, if this is an arXiv id."""
+    return (
+        f"[{paper}](https://arxiv.org/abs/{paper})"
+        if re.fullmatch(r"\d{4}\.\d{4,5}", paper)
+        else paper or "-"
+    )
+
+
+def recipes_table(argument: str | None) -> str:
+    """The registered recipes, then the stages and settings of each."""
+    from uncollapse.policy.recipe import recipes
+
+    known = recipes()
+    rows = ((f"[`{n}`](#{n})", r.summary, arxiv(r.paper)) for n, r in known.items())
+    parts = [table(("recipe", "what it does", "from"), rows)]
+    for name, recipe in known.items():
+        rows = []
+        for slot in SLOTS:
+            value = getattr(recipe, slot)
+            stages = value if isinstance(value, tuple) else (value,)
+            rows += [(slot, f"`{stage_text(stage)}`") for stage in stages if stage is not None]
+        parts += [f"### {name}", recipe.summary, table(("slot", "stage and its settings"), rows)]
+    return "\n\n".join(parts)
+
+
+# ---- everything else ---------------------------------------------------------------------------------------
+
+
+def glossary(argument: str | None) -> str:
+    """What a report says about each metric."""
+    if find_spec("uncollapse.report.glossary") is None:
+        return "The glossary of the report does not exist yet."
+    from uncollapse.report.glossary import TERMS
+
+    rows = ((f"`{term.key}`", term.name, term.unit or "-", term.reading) for term in TERMS)
+    return table(("metric", "name", "unit", "how to read it"), rows)
+
+
+def command_line(argument: str | None) -> str:
+    """The help of every command, as the program itself gives it."""
+    if find_spec("uncollapse.cli") is None:
+        return "The command line does not exist yet."
+    os.environ.update(NO_COLOR="1", COLUMNS="100")
+    app = importlib.import_module("uncollapse.cli").app
+    text = str(app.generate_docs(output_format="markdown", heading_level=2, include_hidden=False))
+    return text.strip()
+
+
+def benchmarks_table(argument: str | None) -> str:
+    """What `make bench` measured last."""
+    if not BENCHMARKS.is_file():
+        return "Not measured yet. `make bench` measures and writes `benchmarks/results.json`."
+    record = json.loads(BENCHMARKS.read_text(encoding="utf-8"))
+    parts = []
+    for name, value in record.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            head = [key for key, cell in value[0].items() if not isinstance(cell, (dict, list))]
+            parts += [f"### {name}", table(head, ([figure(row.get(key)) for key in head] for row in value))]
+    scalars = {key: value for key, value in flat(record) if not isinstance(value, (dict, list))}
+    if scalars:
+        parts.append(table(("measured with", ""), ((key, figure(value)) for key, value in scalars.items())))
+    return "\n\n".join(parts)
+
+
+def flat(record: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The scalar entries of nested mappings, by dotted name."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def api_reference(argument: str | None) -> str:
+    """One reference entry per public module of a room."""
+    base = ROOT / "src" / "uncollapse" / (argument or "")
+    files = [base.with_suffix(".py")] if not base.is_dir() else sorted(base.rglob("*.py"))
+    parts = []
+    for file in files:
+        names = file.relative_to(ROOT / "src").with_suffix("").parts
+        if not any(name.startswith("_") for name in names):
+            parts.append(f"## `{'.'.join(names[1:])}`\n\n::: {'.'.join(names)}")
+    return "\n\n".join(parts) or f"`{argument}` holds no public module yet."
+
+
+SOURCES: Mapping[str, Callable[[str | None], str]] = {
+    "api": api_reference,
+    "benchmarks": benchmarks_table,
+    "cli": command_line,
+    "glossary": glossary,
+    "papers": papers_table,
+    "recipes": recipes_table,
+    "result": result_of,
+    "results": results_table,
+}
+
+
+def filled(text: str) -> str:
+    """The text with every block made anew. Raises `KeyError` for a block that no source makes."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}{SOURCES[match['name']](match['argument'])}\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the blocks, or say which files are stale."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is stale")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for file in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        old = file.read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            stale.append(str(file.relative_to(ROOT)))
+            if not check:
+                file.write_text(new, encoding="utf-8")
+    if stale:
+        print(
+            f"stale: {', '.join(stale)}; run: python docs/generate.py"
+            if check
+            else f"written: {', '.join(stale)}"
+        )
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "src"))
+    raise SystemExit(main())

@@ -1,0 +1,39 @@
+"""What the README and the docs show does run, and their local links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_python_examples_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(BLOCKS[number], f"README.md, example {number + 1}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_readme_stays_short_and_names_the_two_commands_first() -> None:
+    assert len(README.splitlines()) < 150
+    commands = re.findall(r"^(?:make|pip|uncollapse) \S+", README, re.MULTILINE)
+    assert commands[:2] == ["make demo", "make test"]
+
+
+def test_make_targets_that_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8"))
+    }
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_local_links_lead_somewhere(page: Path) -> None:
+    shown = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", shown)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert missing == []
