@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from uncollapse.report import svg
 from uncollapse.report.tokens import TokenView
 
-WIDE, NARROW = 840, 340
+WIDE, NARROW = 800, 350
 """Widths in CSS pixels at which figures are drawn: for a desk and for a phone."""
 
 
@@ -77,6 +77,17 @@ class Section:
     missing: str = ""
     blocks: tuple[Block, ...] = ()
     metrics: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key figure; `spark` holds the points of its sparkline, empty if there is only one."""
+
+    label: str
+    value: str
+    unit: str
+    note: str
+    spark: str
 
 
 def figure(

@@ -16,14 +16,17 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from uncollapse.measure.entropy_law import LawComparison
 from uncollapse.report.palette import DASHES, LIGHT, SERIES, TIME
 from uncollapse.report.series import Curve, Estimate
 from uncollapse.report.words import number
 
-SIZE = 12.0
+TITLE = "panel-title"
+"""Group id of the titles, by which a page finds and aligns them."""
+
+SIZE = 12.5
 """Font size in points; a page shows one point as one pixel."""
 
 
@@ -57,7 +60,7 @@ def curves(
                 label=line.name, gid="readout", zorder=3)  # fmt: skip
     _limits(ax, lines, from_zero=from_zero, share=share)
     if share:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol="\u202f%"))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{_tick(100 * value)}\u202f%"))
     if label if label is not None else len(lines) > 1:
         chosen = [line.colour or colours[i % len(colours)] for i, line in enumerate(lines)]
         _name_lines(
@@ -74,7 +77,7 @@ def covariance_profile(
 
     `profile`: (fraction, mean covariance) pairs, fractions in (0, 1].
     """
-    ax = _dress(ax, "Mean covariance of the top tokens", "advantage \u00d7 nats", "")
+    ax = _dress(ax, "Mean covariance", "advantage \u00d7 nats", "")
     names = [f"top {100 * f:g}\u202f%" if f < 1 else "all tokens" for f, _ in profile]
     values = [value for _, value in profile]
     rows = np.arange(len(values))[::-1]
@@ -92,9 +95,9 @@ def covariance_profile(
     return ax
 
 
-def law(found: LawComparison, ax: Axes | None = None, *, level: float = 0.95) -> Axes:
+def law(found: LawComparison, ax: Axes | None = None, *, title: str = "Reward", level: float = 0.95) -> Axes:
     """Reward against entropy, both fitted laws, the confidence band of the exponential one and its ceiling at H = 0."""
-    ax = _dress(ax, "Reward", "mean of a step", "entropy (nats per token)")
+    ax = _dress(ax, title, "mean of a step", "entropy (nats per token)", whole=False)
     curve = found.exponential
     grid = np.linspace(0.0, float(curve.entropy.max()) * 1.03, 160)
     low, high = curve.interval(grid, level)
@@ -128,10 +131,10 @@ def law(found: LawComparison, ax: Axes | None = None, *, level: float = 0.95) ->
         zorder=3,
     )
     for stage, part in enumerate(np.array_split(np.arange(curve.entropy.size), len(TIME))):
-        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=5.5, markeredgewidth=0,
+        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=6.5, markeredgewidth=0,
                 gid="readout-xy", label=f"_{_stage(stage)}", zorder=4)  # fmt: skip
     ax.plot([0], [curve.ceiling], "D", color=LIGHT["s2"], markersize=8, zorder=5, clip_on=False)
-    ax.annotate(f"ceiling {curve.ceiling:.2f}", (0, curve.ceiling), xytext=(10, 10), textcoords="offset points",
+    ax.annotate(f"ceiling {curve.ceiling:.2f}", (0, curve.ceiling), xytext=(8, -18), textcoords="offset points",
                 fontsize=SIZE, fontweight="bold", color=LIGHT["s2"])  # fmt: skip
     ax.set_xlim(0, float(grid[-1]))
     ax.set_ylim(bottom, top)
@@ -149,15 +152,17 @@ def plane(
 
     `paths`: (name, entropies in nats, rewards), in the order of time.
     """
-    ax = _dress(ax, "Reward", "", "entropy (nats per token)")
+    ax = _dress(ax, "Reward", "", "entropy (nats per token)", whole=False)
     for index, (name, entropy, reward) in enumerate(paths):
         colour = colours[index % len(colours)]
         h, r = _smooth(entropy), _smooth(reward)
         ax.plot(entropy, reward, "o", color=colour, alpha=0.16, markersize=4, markeredgewidth=0, zorder=2)
-        ax.plot(h, r, color=colour, linewidth=2.2, label=name, gid="readout-xy", zorder=3)
+        back = _before_end(h, r)
+        ax.plot(
+            h[: back + 1], r[: back + 1], color=colour, linewidth=2.2, label=name, gid="readout-xy", zorder=3
+        )
         ax.plot(h[:1], r[:1], "o", color=colour, markersize=7, zorder=4)
         if h.size > 1:
-            back = _before_end(h, r)
             ax.annotate("", (h[-1], r[-1]), xytext=(h[back], r[back]), zorder=5,
                         arrowprops={"arrowstyle": "-|>,head_length=0.75,head_width=0.36", "color": colour,
                                     "linewidth": 2.2, "shrinkA": 0, "shrinkB": 0})  # fmt: skip
@@ -197,7 +202,7 @@ def position_profile(
 
     `stages`: (name, entropy in nats at positions 0, 1, ...).
     """
-    picked = [TIME[round(i)] for i in np.linspace(1, len(TIME) - 1, max(len(stages), 2))]
+    picked = [TIME[round(i)] for i in np.linspace(2, len(TIME) - 1, max(len(stages), 2))]
     lines = [Curve(name, np.arange(v.size, dtype=np.float64), v) for name, v in stages]
     return curves(
         lines,
@@ -209,7 +214,7 @@ def position_profile(
     )
 
 
-def _dress(ax: Axes | None, title: str, unit: str, xlabel: str) -> Axes:
+def _dress(ax: Axes | None, title: str, unit: str, xlabel: str, *, whole: bool = True) -> Axes:
     if ax is None:
         ax = Figure(figsize=(8.6, 3.6), layout="constrained").add_subplot()
     for side in ("top", "left", "right"):
@@ -219,11 +224,14 @@ def _dress(ax: Axes | None, title: str, unit: str, xlabel: str) -> Axes:
     ax.set_axisbelow(True)
     ax.set_facecolor("none")
     ax.tick_params(length=0, labelsize=SIZE - 0.5, labelcolor=LIGHT["muted"], pad=5)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=4 if _small(ax) else 7, integer=whole))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, min_n_ticks=3))
-    ax.yaxis.set_major_formatter(FuncFormatter(_tick))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(_tick))
     if title:
-        ax.set_title(title, loc="left", fontsize=SIZE + 1, fontweight="bold", color=LIGHT["ink"], pad=10, x=0)
+        ax.set_title(
+            title, loc="left", fontsize=SIZE + 1, fontweight="bold", color=LIGHT["ink"], pad=10, gid=TITLE
+        )
     if unit:
         ax.set_title(unit, loc="right", fontsize=SIZE - 0.5, color=LIGHT["muted"], pad=10)
     ax.set_xlabel(xlabel, fontsize=SIZE - 0.5, color=LIGHT["muted"], loc="right", labelpad=6)
@@ -231,7 +239,9 @@ def _dress(ax: Axes | None, title: str, unit: str, xlabel: str) -> Axes:
 
 
 def _tick(value: float, _: Any = None) -> str:
-    return f"{value:.6g}".replace("-", "\u2212")
+    text = number(value, 6)
+    head, power, tail = text.partition("\u00b7")
+    return (head.rstrip("0").rstrip(".") if "." in head else head) + power + tail
 
 
 def _limits(ax: Axes, lines: Sequence[Curve], *, from_zero: bool, share: bool) -> None:
@@ -253,6 +263,11 @@ def _limits(ax: Axes, lines: Sequence[Curve], *, from_zero: bool, share: bool) -
 def _narrow(ax: Axes) -> bool:
     figure = ax.get_figure(root=True)
     return figure is not None and figure.get_figwidth() < 6
+
+
+def _small(ax: Axes) -> bool:
+    spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
+    return spec is not None and figure is not None and figure.get_figwidth() / spec.get_gridspec().ncols < 4
 
 
 def _name_lines(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -309,7 +324,7 @@ def _smooth(values: Float[np.ndarray, " sample"]) -> Float[np.ndarray, " sample"
 
 
 def _before_end(h: Float[np.ndarray, " sample"], r: Float[np.ndarray, " sample"]) -> int:
-    """Index from which the arrow head points to the end: a twelfth of the way's extent before it."""
+    """Index from which the arrow head points to the end: an eighth of the way's extent before it."""
     width, height = float(np.ptp(h)) or 1.0, float(np.ptp(r)) or 1.0
-    away = np.hypot((h - h[-1]) / width, (r - r[-1]) / height) > 1 / 12
+    away = np.hypot((h - h[-1]) / width, (r - r[-1]) / height) > 1 / 8
     return int(np.flatnonzero(away)[-1]) if away.any() else 0

@@ -21,6 +21,7 @@ class Term:
 
 
 TERMS = (
+    # Names stay under 24 characters: they title the small panels on a phone.
     Term("entropy/token/mean", "Token entropy", "nats",
          "How undecided the model is at a token, averaged over all sampled tokens: 0 is certain, ln 2 = 0.69 is a coin "
          "toss, e to the entropy is the number of equally likely choices. Falling to zero early is collapse: the model "
@@ -75,6 +76,14 @@ CONCEPTS = (
     Term("", "Entropy change of a token", "",
          "The same text is scored again during training: the change is that of the model, not that of the text."),
 )  # fmt: skip
+
+
+def title_and_unit(metric: str) -> tuple[str, str]:
+    """Plain name and unit of a metric; its own name where the entry stands for many, or there is none."""
+    found = next((term for term in TERMS if term.explains(metric)), None)
+    if found is None:
+        return metric, ""
+    return (metric if found.key.endswith("*") else found.name), found.unit
 
 
 def explain(metrics: Iterable[str]) -> list[Term]:

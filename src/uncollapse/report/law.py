@@ -33,7 +33,9 @@ def section(arms: Sequence[Arm]) -> Section:
     blocks: list[Block] = [
         figure(
             "law",
-            lambda axes: figures.law(found, axes[0]),
+            lambda axes: figures.law(
+                found, axes[0], title="Validation reward" if reward_metric(log) == VALIDATION else "Reward"
+            ),
             height=340,
             alt=_alt(found),
             caption=_caption(arms),
@@ -49,19 +51,19 @@ def section(arms: Sequence[Arm]) -> Section:
 
 
 def fit(log: Log) -> LawComparison:
-    """Both laws on the steps with entropy and reward: the validation reward if that gives five points or more.
-
-    Raises `DataError` if the law cannot be fitted.
-    """
+    """Both laws on the steps with entropy and reward, see `reward_metric`. Raises `DataError` if they cannot be fitted."""
     entropy_steps, entropy = log.values(ENTROPY)
-    if not entropy_steps.size:
-        raise DataError("entropy was not logged")
-    for key, least in ((VALIDATION, 5), (REWARD, 1)):
-        steps, reward = log.values(key)
-        common, mine, theirs = np.intersect1d(entropy_steps, steps, return_indices=True)
-        if common.size >= least:
-            return compare_laws(entropy[mine], reward[theirs])
-    raise DataError("no step has both entropy and reward")
+    steps, reward = log.values(reward_metric(log))
+    common, mine, theirs = np.intersect1d(entropy_steps, steps, return_indices=True)
+    if not common.size:
+        raise DataError("no step has both entropy and reward")
+    return compare_laws(entropy[mine], reward[theirs])
+
+
+def reward_metric(log: Log) -> str:
+    """The reward that the law is about: validation reward where five steps or more have it, else the training reward."""
+    steps = np.intersect1d(log.values(ENTROPY)[0], log.values(VALIDATION)[0])
+    return VALIDATION if steps.size >= 5 else REWARD
 
 
 def _interval(law: EntropyLaw) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from uncollapse import __version__
 from uncollapse.report import law, palette, recipes, sections, words
-from uncollapse.report.blocks import Section
+from uncollapse.report.blocks import Section, Tile
 from uncollapse.report.glossary import explain
 from uncollapse.report.series import Arm, arm_of_run, arms_of_comparison
 from uncollapse.runs import REPORT, Comparison, Run, open_directory
@@ -36,7 +36,7 @@ def render_run(run: Run) -> str:
         eyebrow=" \u00b7 ".join(part for part in ("Training run", arm.name, subject) if part),
         title=words.run_title(arm),
         lead=words.run_lead(arm),
-        tiles=_tiles(arm),
+        tiles=sections.tiles(arm),
         parts=[*parts, sections.setup(arms)],
     )
 
@@ -84,7 +84,7 @@ def _fill(
     eyebrow: str,
     title: str,
     lead: Sequence[str],
-    tiles: Sequence[dict[str, Any]],
+    tiles: Sequence[Tile],
     parts: Sequence[Section],
 ) -> str:
     script = _asset("report.js")
@@ -104,26 +104,6 @@ def _fill(
         style=Markup(_asset("report.css").replace("/*light*/", light).replace("/*dark*/", dark)),
     )
     return page
-
-
-def _tiles(arm: Arm) -> list[dict[str, Any]]:
-    return [
-        {"label": label, "value": value, "note": note, "spark": _spark(arm, key)}
-        for label, value, note, key in sections.tiles(arm)
-    ]
-
-
-def _spark(arm: Arm, key: str) -> str:
-    """Points of a sparkline in a box of 100 x 28."""
-    curve = arm.curve(key)
-    if curve is None or curve.steps.size < 2:
-        return ""
-    x, y = curve.steps, curve.values
-    span = float(y.max() - y.min()) or 1.0
-    across = (x - x[0]) / (x[-1] - x[0]) * 100
-    up = 26 - (y - y.min()) / span * 24
-    stride = max(1, x.size // 60)
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across[::stride], up[::stride], strict=True))
 
 
 @lru_cache(maxsize=1)

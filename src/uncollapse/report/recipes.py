@@ -20,11 +20,7 @@ def section(arms: Sequence[Arm]) -> Section:
         return Section(
             "recipes", "Recipes", "Recipes side by side", missing="No run of this comparison was found."
         )
-    keys = [
-        key
-        for key in (REWARD, VALIDATION, *pass_keys(arms)[-1:], "eval/distinct", "time/step")
-        if _any(arms, key)
-    ]
+    keys = [key for key in (REWARD, VALIDATION, *pass_keys(arms)[-1:], "eval/distinct") if _any(arms, key)]
     blocks: list[Block] = [_table(arms, keys)]
     if paths := _paths(arms):
         chosen = [arm.colour or SERIES[0] for arm in arms if arm.name in {name for name, _, _ in paths}]
@@ -59,14 +55,13 @@ def _table(arms: Sequence[Arm], keys: Sequence[str]) -> TableBlock:
         REWARD: "reward",
         VALIDATION: "validation reward",
         "eval/distinct": "distinct answers",
-        "time/step": "s per step",
     }
     columns = ["recipe", "seeds", "entropy (nats)", "entropy kept"]
     columns += [names.get(key, key.removeprefix("eval/")) for key in keys]
     rows = []
     for arm in arms:
         cells = [arm.name, str(len(arm.logs)), estimate(arm.last(ENTROPY)), _kept(arm)]
-        cells += [estimate(arm.mean(key) if key == "time/step" else arm.last(key)) for key in keys]
+        cells += [estimate(arm.last(key)) for key in keys]
         rows.append(tuple(cells))
     return TableBlock(tuple(columns), tuple(rows), swatches=swatches(arms))
 
@@ -76,7 +71,7 @@ def _kept(arm: Arm) -> str:
     if first is None or last is None or len(first.values) != len(last.values) or min(first.values) <= 0:
         return "\u2013"
     share = Estimate(tuple(b / a for a, b in zip(first.values, last.values, strict=True)))
-    return percent(share.mean) + ("" if share.half is None else f" \u00b1\u202f{percent(share.half)}")
+    return percent(share.mean) + ("" if share.half is None else f"\u202f\u00b1\u202f{percent(share.half)}")
 
 
 def _paths(arms: Sequence[Arm]) -> list[tuple[str, Vector, Vector]]:

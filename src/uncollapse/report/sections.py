@@ -9,11 +9,21 @@ import yaml
 from matplotlib.axes import Axes
 
 from uncollapse.report import figures
-from uncollapse.report.blocks import Block, FoldBlock, Section, TableBlock, TextBlock, TokensBlock, figure
+from uncollapse.report.blocks import (
+    Block,
+    FoldBlock,
+    Section,
+    TableBlock,
+    TextBlock,
+    Tile,
+    TokensBlock,
+    figure,
+)
+from uncollapse.report.glossary import title_and_unit
 from uncollapse.report.palette import LIGHT, SERIES
 from uncollapse.report.series import Arm, Curve, Vector, pass_keys
-from uncollapse.report.tokens import token_view
-from uncollapse.report.words import estimate, level, lost, moved, number, percent
+from uncollapse.report.tokens import full_scale, token_view
+from uncollapse.report.words import level, lost, moved, number, percent
 
 FRACTIONS = (0.0002, 0.002, 0.02, 0.2, 0.5, 1.0)
 """Top fractions of tokens at which the covariance profile is logged; the paper's."""
@@ -130,12 +140,13 @@ def text(arms: Sequence[Arm]) -> Section:
     """Tokens coloured by how much entropy they lost."""
     section = Section("text", "Text", "Where in the text it was lost")
     most = 6 if len(arms) == 1 else 2
-    views = [
-        (arm, view)
-        for arm in arms
-        if (view := next((v for log in arm.logs if (v := token_view(log.tokens, most=most))), None))
-    ]
-    blocks: list[Block] = [TokensBlock(view, "" if len(arms) == 1 else arm.name) for arm, view in views]
+    scale = full_scale(*(log.tokens for arm in arms for log in arm.logs))
+    blocks: list[Block] = []
+    for arm in arms:
+        views = (token_view(log.tokens, scale, most=most) for log in arm.logs)
+        if view := next((view for view in views if view is not None), None):
+            blocks.append(TokensBlock(view, "" if len(arms) == 1 else arm.name))
+    shown = bool(blocks)
     positions = _positions(arms[0]) if arms else []
     if positions:
         blocks.append(figure("positions", lambda axes: figures.position_profile(positions, axes[0]), height=230,
@@ -145,7 +156,7 @@ def text(arms: Sequence[Arm]) -> Section:
             "Not logged: this needs completions that were scored at two steps or more, in tokens.jsonl."))  # fmt: skip
     lead = "The same answers, scored again as training went on. Point at a token to see its numbers; move the slider to replay."
     keys = tuple(key for arm in arms for key in arm.metrics() if key.startswith("entropy/position/"))
-    return Section(section.id, section.nav, section.title, lead if views else "", "", tuple(blocks), keys)
+    return Section(section.id, section.nav, section.title, lead if shown else "", "", tuple(blocks), keys)
 
 
 def health(arms: Sequence[Arm]) -> Section:
@@ -169,10 +180,13 @@ def health(arms: Sequence[Arm]) -> Section:
     def draw(axes: Sequence[Axes]) -> None:
         for ax, (key, lines) in zip(axes, panels, strict=True):
             share = key.endswith(("/frac", "/truncated", "/zero_variance_groups"))
-            figures.curves(lines, ax, title=key, share=share, label=False, xlabel="")
+            title, unit = title_and_unit(key)
+            figures.curves(
+                lines, ax, title=title, unit="" if share else unit, share=share, label=False, xlabel=""
+            )
 
     fig = figure("health", draw, alt="Over the rollout steps: " + ", ".join(key for key, _ in panels) + ".",
-                 panels=len(panels), columns=3, narrow_columns=1, height=165,
+                 panels=len(panels), columns=3, narrow_columns=2, height=170,
                  caption="One panel per metric over the rollout steps; the glossary says what each means.")  # fmt: skip
     left_out = len(names) - len(panels)
     notes = [TextBlock(f"{left_out} further metrics are in metrics.jsonl.")] if left_out > 0 else []
@@ -315,21 +329,35 @@ def _positions(arm: Arm) -> list[tuple[str, Vector]]:
     return [found[i] for i in dict.fromkeys((0, len(found) // 2, len(found) - 1))]
 
 
-def tiles(arm: Arm) -> list[tuple[str, str, str, str]]:
-    """Key figures of a run: (label, value, note, metric of the sparkline)."""
-    found: list[tuple[str, str, str, str]] = []
-    entropy = (arm.first(ENTROPY), arm.last(ENTROPY))
-    if entropy[0] and entropy[1]:
-        share = lost(entropy[0].mean, entropy[1].mean)
-        note = f"nats, from {level(entropy[0].mean)}" + (
-            "" if share is None else f" ({percent(abs(share))} {'lost' if share >= 0 else 'gained'})"
-        )
-        found.append(("Entropy at the end", level(entropy[1].mean), note, ENTROPY))
-    keys = pass_keys([arm])
-    for key, label in ((REWARD, "Reward at the end"), (VALIDATION, "Validation reward"),
-                       (keys[-1] if keys else "", keys[-1].removeprefix("eval/").capitalize() if keys else ""),
-                       ("eval/distinct", "Distinct correct answers")):  # fmt: skip
+def tiles(arm: Arm) -> list[Tile]:
+    """Key figures of a run: where it ended, from where, and the course in between."""
+    keys = pass_keys([arm])[-1:]
+    wanted = [
+        (ENTROPY, "Entropy at the end", "nats"),
+        (REWARD, "Reward at the end", ""),
+        (VALIDATION, "Validation reward", ""),
+    ]
+    wanted += [(key, key.removeprefix("eval/").capitalize(), "") for key in keys]
+    wanted.append(("eval/distinct", "Distinct correct answers", ""))
+    found = []
+    for key, label, unit in wanted:
         first, last = arm.first(key), arm.last(key)
-        if first and last:
-            found.append((label, estimate(last), f"from {level(first.mean)}", key))
+        if first is None or last is None:
+            continue
+        share = lost(first.mean, last.mean) if key == ENTROPY else None
+        gone = "" if share is None else f", {percent(abs(share))} {'lost' if share >= 0 else 'gained'}"
+        found.append(Tile(label, level(last.mean), unit, f"from {level(first.mean)}{gone}", _spark(arm, key)))
     return found
+
+
+def _spark(arm: Arm, key: str) -> str:
+    """Points of a sparkline in a box of 100 x 28."""
+    curve = arm.curve(key)
+    if curve is None or curve.steps.size < 2:
+        return ""
+    x, y = curve.steps, curve.values
+    span = float(y.max() - y.min()) or 1.0
+    across = (x - x[0]) / (x[-1] - x[0]) * 100
+    up = 26 - (y - y.min()) / span * 24
+    stride = max(1, x.size // 60)
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across[::stride], up[::stride], strict=True))

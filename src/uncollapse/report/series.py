@@ -110,7 +110,7 @@ class Arm:
                 mean,
                 mean - half,
                 mean + half,
-                f"95 % interval over {len(found)} seeds",
+                f"95\u202f% interval over {len(found)} seeds",
                 self.colour,
             )
         bounds = [self.logs[0].values(name) for name in (low, high) if name and len(self.logs) == 1]

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from uncollapse.report.figures import TITLE
 from uncollapse.report.palette import LIGHT
 
 _RC: Any = {
@@ -22,6 +23,8 @@ _RC: Any = {
     "axes.unicode_minus": True,
     "path.simplify": True,
 }
+_COORDINATES = re.compile(r'\b(?:d|x|y|points|transform)="[^"]*"')
+_LONG = re.compile(r"(\.\d\d)\d+")
 _ID = re.compile(r'\b(id="|href="#|url\(#)')
 
 
@@ -31,7 +34,7 @@ def canvas(
     """An empty figure of `width` x `height` CSS pixels, and its axes row by row."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        figure.get_layout_engine().set(w_pad=6 / 72, h_pad=4 / 72, hspace=0.04, wspace=0.05)  # type: ignore[union-attr,call-arg]
+        figure.get_layout_engine().set(w_pad=2 / 72, h_pad=9 / 72, hspace=0.02, wspace=0.06)  # type: ignore[union-attr,call-arg]
         axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(axes.ravel())
 
@@ -40,6 +43,9 @@ def inline(figure: Figure, name: str, alt: str) -> Markup:
     """`<svg>` markup of the figure; `name` makes its ids unique in the page, `alt` is its text alternative."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_RC):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        _align_titles(figure)
         figure.savefig(
             buffer,
             format="svg",
@@ -49,6 +55,7 @@ def inline(figure: Figure, name: str, alt: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = _COORDINATES.sub(lambda match: _LONG.sub(r"\1", match[0]), text)
     text = _ID.sub(lambda match: f"{match[1]}{name}-", text)
     text = text.replace("font: 700", "font: 600")  # a weight that DejaVu lacks and web fonts have
     for role, colour in LIGHT.items():
@@ -61,6 +68,17 @@ def inline(figure: Figure, name: str, alt: str) -> Markup:
         f'data-readout="{escape(json.dumps(_readout(figure, width, height), separators=(",", ":")))}">'
     )
     return Markup(head + text[text.index(">") + 1 :].strip())
+
+
+def _align_titles(figure: Figure) -> None:
+    """Titles of panels in one column begin at the left edge of the figure, in line with the text of the page."""
+    for ax in figure.axes:
+        spec = ax.get_subplotspec()
+        if spec is None or spec.get_gridspec().ncols > 1:
+            continue
+        box = ax.get_position()
+        for text in ax.findobj(lambda artist: artist.get_gid() == TITLE):
+            text.set_x(-box.x0 / box.width)  # type: ignore[attr-defined]
 
 
 def _readout(figure: Figure, width: float, height: float) -> list[dict[str, Any]]:

@@ -48,14 +48,20 @@ class TokenView:
     sentence: str
 
 
-def token_view(records: Sequence[dict[str, Any]], *, most: int = 6) -> TokenView | None:
+def full_scale(*runs: Sequence[dict[str, Any]]) -> float:
+    """Entropy change (nats) at the strongest colour, the same for all `runs`: the 90th percentile, rounded up."""
+    change = np.concatenate([np.zeros(0), *(c for records in runs for c in _changes(_scored(records)))])
+    known = np.abs(change[np.isfinite(change)])
+    return _round_up(float(np.quantile(known, 0.9))) if known.size else 1.0
+
+
+def token_view(records: Sequence[dict[str, Any]], scale: float, *, most: int = 6) -> TokenView | None:
     """The probes that were scored at two steps or more, at most `most` of them, or None if there are none."""
-    series = [found for group in _by_sample(records).values() if (found := _comparable(group)) is not None]
+    series = _scored(records)
     if not series:
         return None
-    change = np.concatenate([scored[-1] - scored[0] for _, scored in series])
+    change = np.concatenate(_changes(series))
     known = change[np.isfinite(change)]
-    scale = _round_up(float(np.quantile(np.abs(known), 0.95))) if known.size else 1.0
     probes = tuple(_probe(group, scored, scale) for group, scored in series[:most])
     return TokenView(probes, scale, _concentration(known))
 
@@ -66,6 +72,14 @@ def shade(change: float, scale: float) -> int:
         return 0
     size = min(STRENGTHS, int(abs(change) / scale * STRENGTHS + 0.5))
     return size if change > 0 else -size
+
+
+def _scored(records: Sequence[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
+    return [found for group in _by_sample(records).values() if (found := _comparable(group)) is not None]
+
+
+def _changes(series: list[tuple[list[dict[str, Any]], np.ndarray]]) -> list[np.ndarray]:
+    return [scored[-1] - scored[0] for _, scored in series]
 
 
 def _by_sample(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -151,7 +165,11 @@ def _csv(values: np.ndarray) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten, for a scale that people can read; 0.1 at least."""
+    """The next number with few digits, for a scale that people can read; 0.1 at least."""
     floor = max(value, 0.1)
     power = 10.0 ** math.floor(math.log10(floor))
-    return next(step * power for step in (1.0, 2.0, 5.0, 10.0) if step * power >= floor * 0.999)
+    return next(
+        step * power
+        for step in (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+        if step * power >= floor * 0.999
+    )

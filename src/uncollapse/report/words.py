@@ -11,13 +11,13 @@ MINUS = "\u2212"
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number for people: `digits` significant digits, no exponent between 0.001 and a million."""
+    """A number for people: `digits` significant digits, no exponent between 0.0001 and a million."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
         return "0"
     size = math.floor(math.log10(abs(value)))
-    if -4 < size < 6:
+    if -5 < size < 6:
         text = f"{value:.{max(0, digits - 1 - size)}f}"
     else:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -41,8 +41,16 @@ def estimate(value: Estimate | None, unit: str = "") -> str:
     """Mean and, where there are seeds for it, the half width of its 95 % interval."""
     if value is None:
         return "\u2013"
-    spread = "" if value.half is None else f" \u00b1{THIN}{level(value.half)}"
-    return f"{level(value.mean)}{spread}{THIN + unit if unit else ''}"
+    middle = level(value.mean)
+    spread = "" if value.half is None else f"{THIN}\u00b1{THIN}{_like(value.half, middle)}"
+    return f"{middle}{spread}{THIN + unit if unit else ''}"
+
+
+def _like(half: float, middle: str) -> str:
+    """A half width with as many decimals as the number it belongs to."""
+    decimals = len(middle.partition(".")[2])
+    least = 10.0**-decimals
+    return f"{half:.{decimals}f}" if half == 0 or half >= least / 2 else f"<{THIN}{least:.{decimals}f}"
 
 
 def seconds(value: float) -> str:
@@ -81,12 +89,12 @@ def run_title(arm: Arm) -> str:
     if entropy and share is not None:
         verb = "lost" if share >= 0 else "gained"
         parts.append(
-            "entropy hardly moved"
-            if abs(share) < 0.02
-            else f"{percent(abs(share))} of the entropy was {verb}"
+            "entropy hardly moved" if abs(share) < 0.02 else f"{percent(abs(share))} of the entropy {verb}"
         )
     if reward:
-        parts.append(f"reward {moved(*reward)}")
+        same = level(reward[0]) == level(reward[1])
+        way = "unchanged at" if same else "up to" if reward[1] > reward[0] else "down to"
+        parts.append(f"reward {way} {level(reward[1])}")
     text = ", ".join(parts)
     return text[:1].upper() + text[1:]
 
@@ -125,8 +133,8 @@ def comparison_title(arms: list[Arm]) -> str:
     best, best_ends = max(kept[1:], key=lambda pair: pair[1][1] / pair[1][0])
     base_share, best_share = base_ends[1] / base_ends[0], best_ends[1] / best_ends[0]
     if base_share >= best_share:
-        return f"{base.name} kept the most entropy: {percent(base_share)} of what it started with"
-    return f"{base.name} kept {percent(base_share)} of its entropy, {best.name} {percent(best_share)}"
+        return f"{_name(base)} kept the most entropy: {percent(base_share)} of what it started with"
+    return f"{_name(base)} kept {percent(base_share)} of its entropy, {_name(best)} {percent(best_share)}"
 
 
 def comparison_lead(arms: list[Arm]) -> list[str]:
@@ -140,9 +148,14 @@ def comparison_lead(arms: list[Arm]) -> list[str]:
         if reward:
             parts.append(f"reward {moved(*reward)}")
         if parts:
-            sentences.append(f"With {arm.name}, {' and '.join(parts)}.")
+            sentences.append(f"With {_name(arm)}, {' and '.join(parts)}.")
     sentences.append(_certainty(arms))
     return sentences
+
+
+def _name(arm: Arm) -> str:
+    """The recipe's name with hyphens that do not break a line."""
+    return arm.name.replace("-", "\u2011")
 
 
 def _certainty(arms: list[Arm]) -> str:
@@ -152,8 +165,8 @@ def _certainty(arms: list[Arm]) -> str:
     if counts == {1}:
         return "There is one seed per recipe: differences may be chance, and no interval can be given."
     if 1 in counts:
-        return "Intervals are 95 % over seeds; recipes with a single seed have none."
-    return f"Numbers are means over {_range(counts)} seeds, intervals 95 %."
+        return f"Intervals are 95{THIN}% over seeds; recipes with a single seed have none."
+    return f"Numbers are means over {_range(counts)} seeds; intervals are 95{THIN}%."
 
 
 def _range(counts: set[int]) -> str:
