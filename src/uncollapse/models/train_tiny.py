@@ -106,7 +106,10 @@ def encode(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
     targets = torch.tensor(
-        [[IGNORED] * len(p) + row[len(p) :] + [IGNORED] * (longest - len(row)) for p, row in zip(ids, rows, strict=True)]
+        [
+            [IGNORED] * len(p) + row[len(p) :] + [IGNORED] * (longest - len(row))
+            for p, row in zip(ids, rows, strict=True)
+        ]
     )
     return tokens, targets
 
@@ -142,7 +145,9 @@ def _learning_rate(settings: Settings, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def measure(model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 64, group: int = 16) -> dict[str, float]:
+def measure(
+    model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 64, group: int = 16
+) -> dict[str, float]:
     """What sampling at temperature 1 gives on fresh rows of a task.
 
     Returns:
@@ -186,7 +191,9 @@ def measure(model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 6
 def main() -> None:
     """Train, measure and save."""
     parser = argparse.ArgumentParser(description="Train the packaged model 'tiny' from scratch.")
-    parser.add_argument("--output", type=Path, required=True, help="directory for weights, config and tokenizer")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory for weights, config and tokenizer"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learn-steps", type=int, default=Settings.learn_steps)
     parser.add_argument("--roughen-steps", type=int, default=Settings.roughen_steps)

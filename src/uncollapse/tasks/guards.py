@@ -26,7 +26,9 @@ FUNCTIONS = frozenset(
 )
 CONSTANTS = frozenset(("pi", "E"))
 
-_TOKEN = re.compile(r"\s*(?:(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)|(?P<name>[A-Za-z]{1,5})|(?P<mark>\*\*|[-+*/()]))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)|(?P<name>[A-Za-z]{1,5})|(?P<mark>\*\*|[-+*/()]))"
+)
 
 
 def solution_or_literal(answer: str, entry: dict[str, Any]) -> str | None:
@@ -35,7 +37,11 @@ def solution_or_literal(answer: str, entry: dict[str, Any]) -> str | None:
     for candidate in (answer, answer.strip()):
         if candidate in solutions:
             return candidate
-    if len(answer) > MAX_LITERAL or sum(map(answer.count, "([{")) > MAX_LITERAL // 4 or _nesting(answer) > MAX_NESTING:
+    if (
+        len(answer) > MAX_LITERAL
+        or sum(map(answer.count, "([{")) > MAX_LITERAL // 4
+        or _nesting(answer) > MAX_NESTING
+    ):
         return None
     try:
         return repr(ast.literal_eval(answer.strip()))

@@ -118,7 +118,9 @@ class GymTask:
         ]
         return conversational(rows, question=_question) if style == "chat" else rows
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """reasoning-gym's own score of each answer, None where it hangs or raises.
 
         Raises:
@@ -141,13 +143,20 @@ class GymTask:
             reason = "timed out" if isinstance(error, TimedOut) else str(error).partition(":")[0]
             self.unscorable[reason] += 1
             if self.unscorable[reason] == 1:
-                _log.warning("%s: an answer could not be scored (%s); counted as unscorable", self.name, error)
+                _log.warning(
+                    "%s: an answer could not be scored (%s); counted as unscorable", self.name, error
+                )
             return None
 
 
 def score(request: dict[str, Any]) -> float | None:
     """In the child: prepare an entry, or score `request["answer"]` for it."""
-    data = _cached_data(request["dataset"], json.dumps(request["config"], sort_keys=True), request["gym_seed"], request["gym_size"])
+    data = _cached_data(
+        request["dataset"],
+        json.dumps(request["config"], sort_keys=True),
+        request["gym_seed"],
+        request["gym_size"],
+    )
     entry = _cached_entry(data, request["gym_index"])
     if "answer" not in request:
         return None

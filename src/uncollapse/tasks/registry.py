@@ -29,7 +29,9 @@ def register_task(name: str, factory: Callable[..., Task]) -> None:
     if name in _FACTORIES:
         raise ConfigError(f"task {name!r} is already registered; choose another name")
     if name.startswith(PREFIX) or is_data_source(name):
-        raise ConfigError(f"task {name!r} would be read as a reasoning-gym data set or a data file; choose another name")
+        raise ConfigError(
+            f"task {name!r} would be read as a reasoning-gym data set or a data file; choose another name"
+        )
     _FACTORIES[name] = factory
 
 

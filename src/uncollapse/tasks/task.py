@@ -35,7 +35,9 @@ class Task(Protocol):
     def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
         """`size` rows with `prompt`, `answer` and the columns that the reward needs."""
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """One score a completion, in TRL's signature."""
 
 
@@ -73,7 +75,9 @@ class GeneratedTask:
         rows = [self.draw(random.Random(f"{self.name}/{split}/{seed}/{i}")) for i in range(size)]
         return conversational(rows, question=self.question) if check_style(style) == "chat" else rows
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """Score completions; see `judged`."""
         return judged(self.name, self.judge, completions, columns, needed=self.columns)
 
@@ -128,7 +132,9 @@ def conversational(rows: Sequence[Row], *, question: Callable[[Row], str] | None
     """
     ask = question or (lambda row: row["prompt"])
     return [
-        {**row, "prompt": [{"role": "user", "content": ask(row)}]} if isinstance(row["prompt"], str) else dict(row)
+        {**row, "prompt": [{"role": "user", "content": ask(row)}]}
+        if isinstance(row["prompt"], str)
+        else dict(row)
         for row in rows
     ]
 
