@@ -91,7 +91,7 @@ class Size:
     bandit_steps: int = 300
     seeds: int = 5
     modsum_steps: int = 150
-    charlm_steps: int = 120
+    charlm_steps: int = 100
     charlm_every: int = 2
     warm_up_steps: int = 220
 

@@ -5,8 +5,8 @@ The task is the running maximum: the prompt `a+b+c+d=` wants the largest digit. 
 supervised traces re-check 0 to 3 times without need and make errors, so the warmed-up model is right about four
 times in five, too long, and has entropy to lose. Shortest response for four digits: 9 tokens, longest: 30.
 
-The model is a plain decoder (2 layers, width 64, 4 heads, 17 characters, about 0.1 M parameters) from token ids to
-logits; rows may be padded on both sides.
+The model is a plain decoder (2 layers, width 64, 4 heads, about 0.1 M parameters) from token ids, 17 with the padding,
+to logits of the 16 others; rows may be padded on both sides.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CharLM(nn.Module):
         self.position = nn.Embedding(_CONTEXT, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, len(ALPHABET), bias=False)
+        self.head = nn.Linear(width, PAD, bias=False)  # padding, the last character, is never predicted
 
     def forward(self, ids: Int[Tensor, "row time"]) -> Float[Tensor, "row time vocab"]:
         """Logits of the token after each position."""
@@ -237,9 +237,11 @@ def sample(
         logits, cache = model.extend(new, seen, cache)
         logp = (logits[:, -1] / temperature).log_softmax(-1)
         # rounding may leave the last entry of the cumulative distribution below 1, hence the clamp
-        token = (logp.exp().cumsum(-1) <= number[:, None]).sum(-1).clamp(max=len(ALPHABET) - 1)
+        token = (logp.exp().cumsum(-1) <= number[:, None]).sum(-1).clamp(max=PAD - 1)
         token = torch.where(alive, token, PAD)
-        columns.append((token, alive, torch.where(alive, logp.gather(1, token[:, None])[:, 0], 0.0)))
+        columns.append(
+            (token, alive, torch.where(alive, logp.gather(1, token.clamp(max=PAD - 1)[:, None])[:, 0], 0.0))
+        )
         new, seen = token[:, None], torch.cat([seen, alive[:, None]], 1)
         alive = alive & (token != EOS)
         if not bool(alive.any()):

@@ -79,11 +79,12 @@ def train_charlm(
     every: int = 2,
     lr: float = 2e-4,
     warm_up_steps: int = 220,
+    looks_at: int = 512,
 ) -> Curves:
     """Train a warmed-up character model: `prompts` fresh prompts a step, Adam, gradient norm at most 1.
 
     `seed` decides the warm-up, the prompts and all sampling. Returns `step`, `accuracy`, `length` (tokens) and
-    `entropy` (nats per token, temperature 1) on 512 evaluation prompts, the same ones at every look, before the
+    `entropy` (nats per token, temperature 1) on `looks_at` evaluation prompts, the same ones at every look, before the
     first step and after every `every` steps.
     """
     lab = CharLMLab()
@@ -94,7 +95,7 @@ def train_charlm(
     curves: Curves = {name: [] for name in ("step", "accuracy", "length", "entropy")}
     for step in range(steps + 1):
         if step % every == 0:
-            seen = examine(policy, seed + _EXAMINATION)
+            seen = examine(policy, seed + _EXAMINATION, count=looks_at)
             for name, value in vars(seen).items():
                 curves[name].append(value)
             curves["step"].append(float(step))
