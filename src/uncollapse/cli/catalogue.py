@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from uncollapse.catalogue import Paper, paper, papers
 from uncollapse.cli.output import as_json, say, table
-from uncollapse.records import record
+from uncollapse.cli.records import record
 
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for programs.")]
 
