@@ -1,15 +1,18 @@
 """From settings to a finished run: build model, data and trainer, train, and be able to go on after any end.
 
-    run = train(settings(recipe="clip-cov", model="tiny", task="modsum", steps=100, output="runs/clip-cov"))
+run = train(settings(recipe="clip-cov", model="tiny", task="modsum", steps=100, output="runs/clip-cov"))
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from uncollapse import __version__
 from uncollapse.errors import ConfigError, DataError
@@ -54,6 +57,7 @@ def train(config: TrainConfig, *, progress: Watch = unwatched, resume: bool = Fa
     run = Run.open(config.output) if resume else None
     if run is not None:
         config = _same_run(run, config)
+        run = _restated(run, config)
         if finished(run):
             return run
     world, config = build(config)
@@ -98,7 +102,7 @@ def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     config = config.resolved(sum(p.numel() for p in model.parameters()))
     style = "chat" if tokenizer.chat_template else "plain"
     if config.dataset is not None:
-        task = tasks.dataset(config.dataset, columns=dict(config.columns))
+        task = tasks.from_dataset(config.dataset, map=config.columns)
     else:
         task = tasks.task(config.task or "modsum")
     rows = task.rows(config.rows, split="train", seed=config.seed, style=style)
@@ -203,9 +207,16 @@ def _same_run(run: Run, config: TrainConfig) -> TrainConfig:
     return replace(stored, **changed)
 
 
-def _one_process() -> None:
-    import os
+def _restated(run: Run, config: TrainConfig) -> Run:
+    """The run with its configuration rewritten where the resumed one differs, such as in the number of steps."""
+    if settings_of(run) == config:
+        return run
+    text = yaml.safe_dump({**run.config, **config.to_dict()}, sort_keys=False, allow_unicode=True)
+    run.write_text(CONFIG, text)
+    return Run.open(run.path)
 
+
+def _one_process() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "train runs in one process; for several, use uncollapse.integrations.trl.GRPOTrainer in a script of your own"

@@ -75,7 +75,9 @@ class Recorder(TrainerCallback):
             self._start_probes()
         self._clock = time.perf_counter()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
         """Append the row of the rollout step that has just ended."""
         if not logs or "train_runtime" in logs:
             return
@@ -124,7 +126,9 @@ class Recorder(TrainerCallback):
             return {}
         self.watch(Progress(done, self.config.steps, {}, what))
         # The same seed each time: evaluations differ by the model, not by the draw.
-        return evaluate(self.sampler, self.task, self.held_out, samples=self.config.eval_samples, seed=self.config.seed)
+        return evaluate(
+            self.sampler, self.task, self.held_out, samples=self.config.eval_samples, seed=self.config.seed
+        )
 
     def _start_probes(self) -> None:
         if not self.config.probe_every or not self.config.probes:
@@ -142,5 +146,3 @@ class Recorder(TrainerCallback):
 
 def _due(every: int | None, done: int) -> bool:
     return bool(every) and done % every == 0
-
-
