@@ -77,7 +77,7 @@ def _exit_code(record: dict, fail_on: str | None) -> int:
     return int(any(claim["verdict"] in failing.get(fail_on or "", ()) for claim in record["claims"]))
 
 
-class _bar:  # noqa: N801  (used as a function)
+class _bar:
     """A progress bar on stderr; lines where it is no terminal."""
 
     def __init__(self, title: str) -> None:

@@ -24,8 +24,8 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
         "recipes": {
             arm.name: {
                 "seeds": len(arm.logs),
-                "first": {key: _plain(arm.first(key)) for key in arm.keys()},
-                "last": {key: _plain(arm.last(key)) for key in arm.keys()},
+                "first": {key: _plain(arm.first(key)) for key in arm.metrics()},
+                "last": {key: _plain(arm.last(key)) for key in arm.metrics()},
             }
             for arm in arms_of_comparison(comparison)
         }

@@ -86,7 +86,7 @@ def train(
     recipe: Annotated[str | None, Parameter(group=_WHAT)] = None,
     seed: Annotated[int | None, Parameter(group=_HOW)] = None,
     output: str | None = None,
-    flags: Flags = Flags(),  # noqa: B008  (frozen)
+    flags: Flags = Flags(),
     resume: Annotated[bool, Parameter(negative="")] = False,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
