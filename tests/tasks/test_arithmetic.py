@@ -82,8 +82,10 @@ def test_refused(text, reason):
 leaves = st.integers(0, 999).map(str)
 expressions = st.recursive(
     leaves,
-    lambda inner: st.builds(lambda a, o, b: f"({a}{o}{b})", inner, st.sampled_from("+-*/"), inner)
-    | st.builds(lambda a: f"(-{a})", inner),
+    lambda inner: (
+        st.builds(lambda a, o, b: f"({a}{o}{b})", inner, st.sampled_from("+-*/"), inner)
+        | st.builds(lambda a: f"(-{a})", inner)
+    ),
     max_leaves=8,
 )
 

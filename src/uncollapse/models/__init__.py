@@ -1,8 +1,8 @@
 """The model zoo: `tiny`, `smollm2-135m`, any Hub id or local path.
 
-    from uncollapse import models
+from uncollapse import models
 
-    model, tokenizer = models.load("tiny")
+model, tokenizer = models.load("tiny")
 """
 
 from uncollapse.models.cache import cache_directory

@@ -82,7 +82,9 @@ def new_model(settings: Settings, vocabulary: int) -> Any:
     )
 
 
-def demonstrations(draw: random.Random, settings: Settings, *, rough: bool) -> tuple[str, list[str], list[str]]:
+def demonstrations(
+    draw: random.Random, settings: Settings, *, rough: bool
+) -> tuple[str, list[str], list[str]]:
     """One batch: name of its task, prompts, completions. All rows are about as long, so little is padded."""
     name = draw.choices(list(SHARES), list(SHARES.values()))[0]
     length, checks = draw.randint(2, 7), draw.randint(0, 3)
