@@ -84,7 +84,11 @@ def test_sampling_with_a_cache_gives_the_distribution_of_the_full_pass() -> None
     model = fresh_model()
     prompts = [encode("7+3="), encode("7+3+9+1="), encode("1+2+3=")]
     ids, mask, logp = sample(model, prompts, numbers(3, 12), temperature=0.7)
-    full = (logits_of(model, prompts, ids) / 0.7).log_softmax(-1).gather(-1, ids.clamp(max=PAD - 1)[..., None])[..., 0]
+    full = (
+        (logits_of(model, prompts, ids) / 0.7)
+        .log_softmax(-1)
+        .gather(-1, ids.clamp(max=PAD - 1)[..., None])[..., 0]
+    )
     torch.testing.assert_close(logp, torch.where(mask, full, 0.0), rtol=1e-9, atol=1e-9)
     assert (ids[~mask] == PAD).all()
     for row, real in zip(ids, mask, strict=True):
