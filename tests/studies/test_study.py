@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from uncollapse.errors import ConfigError, UnknownName
+from uncollapse import studies
+from uncollapse.errors import ConfigError, DataError, UnknownName
 from uncollapse.studies.claims import Bound, Claim, Verdict
 from uncollapse.studies.statistics import Estimate, exact, mean_over_seeds
-from uncollapse.studies.study import Measurements, Study, Trials, reproduce, run_study, write_atomically
+from uncollapse.studies.study import Measurements, Study, Trials, reproduce, run_study
 
 CLAIM = Claim("E1", "x is positive", "x over seeds", Bound("x", ">", 0.0), "x")
 
@@ -84,12 +85,18 @@ def test_a_truncated_trial_file_is_run_again(tmp_path: Path) -> None:
     assert Trials(tmp_path).trial("t", lambda: {"x": 2}) == {"x": 2}
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "a.txt", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(tmp_path / "a.txt", "\ud800")
-    assert (tmp_path / "a.txt").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(DataError, match="could not make"):
+        run_study(make([]), quick=False, output=tmp_path / "taken" / "out", work=tmp_path / "work")
+    outcome = run_study(make([]), quick=False, output=tmp_path, work=tmp_path / "work")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["taken", "toy.json", "work"]
+    assert outcome.figure is None
+
+
+def test_the_room_offers_reproduce() -> None:
+    assert studies.reproduce is reproduce
+    assert not hasattr(studies, "nothing")
 
 
 def test_unknown_and_unstudied_papers() -> None:

@@ -11,8 +11,6 @@ import importlib
 import inspect
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uncollapse.catalogue import paper, papers
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
+from uncollapse.runs import write_text
 from uncollapse.studies.claims import Claim, Verdict
 from uncollapse.studies.provenance import provenance
 from uncollapse.studies.statistics import Estimate
@@ -113,7 +112,7 @@ class Trials:
             start = time.perf_counter()
             value = run()
             kept = {"name": name, "seconds": time.perf_counter() - start, "value": value}
-            write_atomically(file, json.dumps(kept))
+            _write(file, json.dumps(kept))
         self.done += 1
         self.seconds += kept["seconds"]
         self.say(name)
@@ -181,22 +180,17 @@ def run_study(
     if chosen.figure is not None:
         picture = output / f"{stem}.svg"
         _draw(chosen.figure(measured), picture)
-    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return Outcome(chosen.slug, quick, results, measured, record, path, picture)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, sees the old or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _write(path: Path, text: str) -> None:
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"could not make {path.parent}: {reason}; choose another directory") from error
+    write_text(path, text)
 
 
 def _record(
@@ -271,4 +265,4 @@ def _draw(figure: Figure, path: Path) -> None:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    write_atomically(path, buffer.getvalue())
+    _write(path, buffer.getvalue())
