@@ -38,7 +38,7 @@ def reproduce(
     fail_on
         Exit with 1 if a claim is `not-reproduced`, or if one is not `reproduced` at all (`inconclusive`).
     """
-    from uncollapse.studies import reproduce as run
+    from uncollapse.studies.study import reproduce as run
 
     with _bar(slug) as progress:
         outcome = run(slug, quick=quick, output=output, progress=progress)
