@@ -12,7 +12,9 @@ def write(path, rows=ROWS):
     if path.suffix == ".json":
         path.write_text(json.dumps(rows))
     elif path.suffix == ".csv":
-        path.write_text("prompt,answer,note\n" + "".join(f"{r['prompt']},{r['answer']},{r['note']}\n" for r in rows))
+        path.write_text(
+            "prompt,answer,note\n" + "".join(f"{r['prompt']},{r['answer']},{r['note']}\n" for r in rows)
+        )
     elif path.suffix == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
@@ -51,16 +53,20 @@ def test_columns_are_mapped(tmp_path):
     ]
     with pytest.raises(DataError, match="has no column 'q' to map; columns: question, target"):
         from_dataset(path, map={"q": "prompt"})
-    with pytest.raises(DataError, match=r"row 1 has no 'prompt'; columns: question, target; name .* --map COLUMN=prompt"):
+    with pytest.raises(
+        DataError, match=r"row 1 has no 'prompt'; columns: question, target; name .* --map COLUMN=prompt"
+    ):
         from_dataset(path)
-    with pytest.raises(DataError, match="has no 'answer'; columns: prompt, target; .*--map COLUMN=answer"):
+    with pytest.raises(DataError, match=r"has no 'answer'; columns: prompt, target; .*--map COLUMN=answer"):
         from_dataset(path, map={"question": "prompt"})
 
 
 def test_conversations_and_verls_ground_truth_are_read(tmp_path):
     conversation = [{"role": "user", "content": "1+1="}]
     for suffix in (".jsonl", ".parquet"):
-        path = write(tmp_path / f"verl{suffix}", [{"prompt": conversation, "reward_model": {"ground_truth": "2"}}])
+        path = write(
+            tmp_path / f"verl{suffix}", [{"prompt": conversation, "reward_model": {"ground_truth": "2"}}]
+        )
         (row,) = from_dataset(path).rows(1, style="chat")
         assert row["prompt"] == conversation
         assert row["answer"] == "2"

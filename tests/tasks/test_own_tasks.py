@@ -47,7 +47,7 @@ def test_chat_rows_keep_the_answers_and_ask_in_words(name):
 @pytest.mark.parametrize(
     "hostile",
     [
-        "", " ", "\n\n", "\x00", "9" * 5_000, "(" * 10_000, "<answer>" * 1_000, "١٢٣٤٥٦", "１２３４５６", "½", "1e999",
+        "", " ", "\n\n", "\x00", "9" * 5_000, "(" * 10_000, "<answer>" * 1_000, "١٢٣٤٥٦", "\uff11\uff12", "½", "1e999",
         "__import__('os').system('true')", "\ud800", "-" * 1_000, "9" * 200_000, "|" * 1_000,
     ],
 )  # fmt: skip
@@ -82,7 +82,7 @@ def test_reward_takes_what_trl_passes_beside_the_columns():
 
 
 def test_reward_names_the_column_that_is_missing():
-    with pytest.raises(DataError, match="'modsum' scores with the column 'digits'.*columns given: answer"):
+    with pytest.raises(DataError, match=r"'modsum' scores with the column 'digits'.*columns given: answer"):
         task("modsum").reward(["p"], ["123456"], answer=["1"])
     with pytest.raises(DataError, match="one value for each of the 2 completions"):
         task("running-maximum").reward(["p", "p"], ["1", "2"], answer=["1"])
@@ -95,7 +95,10 @@ def test_rows_refuse(size, style):
 
 
 def test_conversational_keeps_conversations():
-    rows = [{"prompt": "hello", "answer": "1"}, {"prompt": [{"role": "system", "content": "x"}], "answer": "2"}]
+    rows = [
+        {"prompt": "hello", "answer": "1"},
+        {"prompt": [{"role": "system", "content": "x"}], "answer": "2"},
+    ]
     first, second = conversational(rows)
     assert first["prompt"] == [{"role": "user", "content": "hello"}]
     assert second == rows[1]
@@ -110,7 +113,9 @@ def test_modsum_has_ten_to_the_t_minus_one_right_answers(digits):
         assert sum(got) == 10 ** (digits - 1)
 
 
-@pytest.mark.parametrize(("text", "right"), [("908457", 1.0), ("9 0 8 4 5 7", 1.0), ("90845", 0.0), ("9084570", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "right"), [("908457", 1.0), ("9 0 8 4 5 7", 1.0), ("90845", 0.0), ("9084570", 0.0)]
+)
 def test_modsum_wants_exactly_its_digits(text, right):
     row = {"prompt": "sum6=3:", "answer": "3", "digits": 6}
     assert score(task("modsum"), row, text) == right
@@ -129,7 +134,16 @@ def test_modsum_demonstrations(digits):
 
 @pytest.mark.parametrize(
     ("text", "right"),
-    [("9", 1.0), ("5;5;9;|9", 1.0), ("5;9;?5;9;|9", 1.0), ("<answer>9</answer>", 1.0), ("9|", 0.0), ("9|5", 0.0), ("9;", 0.0), ("09", 0.0)],
+    [
+        ("9", 1.0),
+        ("5;5;9;|9", 1.0),
+        ("5;9;?5;9;|9", 1.0),
+        ("<answer>9</answer>", 1.0),
+        ("9|", 0.0),
+        ("9|5", 0.0),
+        ("9;", 0.0),
+        ("09", 0.0),
+    ],
 )
 def test_running_maximum_judges_what_follows_the_end_of_thinking(text, right):
     row = {"prompt": "max3519:", "answer": "9"}
@@ -191,6 +205,10 @@ def test_options_out_of_range(name, options, message):
 
 def test_generated_task_scores_what_its_judge_says():
     made = GeneratedTask(
-        name="echo", summary="", draw=lambda r: {"prompt": "p", "answer": "a"}, judge=lambda text, row: None, question=str
+        name="echo",
+        summary="",
+        draw=lambda r: {"prompt": "p", "answer": "a"},
+        judge=lambda text, row: None,
+        question=str,
     )
     assert made.reward(["p"], ["x"], answer=["a"]) == [None]

@@ -29,7 +29,7 @@ from uncollapse.tasks.task import GeneratedTask
 
 IGNORED = -100
 MODSUM, MAXIMUM, COUNTDOWN = modsum.modsum(), running_maximum.running_maximum(), countdown.countdown()
-SHARES = {"modsum": 0.35, "running-maximum": 0.4, "countdown": 0.25}
+SHARES = {"modsum": 0.3, "running-maximum": 0.4, "countdown": 0.3}
 """Share of the batches that each task has."""
 
 
@@ -49,8 +49,8 @@ class Settings:
     """
 
     seed: int = 0
-    learn_steps: int = 600
-    roughen_steps: int = 150
+    learn_steps: int = 500
+    roughen_steps: int = 120
     batch: int = 64
     learning_rate: float = 2e-3
     modsum_right: float = 0.6
@@ -82,7 +82,9 @@ def new_model(settings: Settings, vocabulary: int) -> Any:
     )
 
 
-def demonstrations(draw: random.Random, settings: Settings, *, rough: bool) -> tuple[str, list[str], list[str]]:
+def demonstrations(
+    draw: random.Random, settings: Settings, *, rough: bool
+) -> tuple[str, list[str], list[str]]:
     """One batch: name of its task, prompts, completions. All rows are about as long, so little is padded."""
     name = draw.choices(list(SHARES), list(SHARES.values()))[0]
     length, checks = draw.randint(2, 7), draw.randint(0, 3)
@@ -111,7 +113,10 @@ def encode(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
     targets = torch.tensor(
-        [[IGNORED] * len(p) + row[len(p) :] + [IGNORED] * (longest - len(row)) for p, row in zip(ids, rows, strict=True)]
+        [
+            [IGNORED] * len(p) + row[len(p) :] + [IGNORED] * (longest - len(row))
+            for p, row in zip(ids, rows, strict=True)
+        ]
     )
     return tokens, targets
 
@@ -151,7 +156,9 @@ def _learning_rate(settings: Settings, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def measure(model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 64, group: int = 16) -> dict[str, float]:
+def measure(
+    model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 64, group: int = 16
+) -> dict[str, float]:
     """What sampling at temperature 1 gives on fresh rows of a task.
 
     Returns:
@@ -195,7 +202,9 @@ def measure(model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 6
 def main() -> None:
     """Train, measure and save."""
     parser = argparse.ArgumentParser(description="Train the packaged model 'tiny' from scratch.")
-    parser.add_argument("--output", type=Path, required=True, help="directory for weights, config and tokenizer")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory for weights, config and tokenizer"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learn-steps", type=int, default=Settings.learn_steps)
     parser.add_argument("--roughen-steps", type=int, default=Settings.roughen_steps)

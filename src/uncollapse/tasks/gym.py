@@ -24,7 +24,7 @@ from uncollapse.errors import ConfigError, MissingExtra, UnknownName
 from uncollapse.tasks.answers import MAX_ANSWER, final_answer
 from uncollapse.tasks.guards import GUARDS
 from uncollapse.tasks.sandbox import Failed, Sandbox, TimedOut
-from uncollapse.tasks.task import Row, Style, check_size, check_style, conversational, judged
+from uncollapse.tasks.task import Row, check_size, check_style, conversational, judged
 
 PREFIX = "reasoning-gym:"
 COLUMNS = ("gym_seed", "gym_size", "gym_index")
@@ -92,7 +92,7 @@ class GymTask:
         """Where the task comes from."""
         return f"reasoning-gym's {self.dataset.replace('_', ' ')}"
 
-    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
+    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: str = "plain") -> list[Row]:
         """`size` rows from the generator, seeded by a hash of (split, seed).
 
         The generators add the index to their seed, so neighbouring seeds would share rows; hashed seeds are apart.
@@ -118,7 +118,9 @@ class GymTask:
         ]
         return conversational(rows, question=_question) if style == "chat" else rows
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """reasoning-gym's own score of each answer, None where it hangs or raises.
 
         Raises:
@@ -141,13 +143,20 @@ class GymTask:
             reason = "timed out" if isinstance(error, TimedOut) else str(error).partition(":")[0]
             self.unscorable[reason] += 1
             if self.unscorable[reason] == 1:
-                _log.warning("%s: an answer could not be scored (%s); counted as unscorable", self.name, error)
+                _log.warning(
+                    "%s: an answer could not be scored (%s); counted as unscorable", self.name, error
+                )
             return None
 
 
 def score(request: dict[str, Any]) -> float | None:
     """In the child: prepare an entry, or score `request["answer"]` for it."""
-    data = _cached_data(request["dataset"], json.dumps(request["config"], sort_keys=True), request["gym_seed"], request["gym_size"])
+    data = _cached_data(
+        request["dataset"],
+        json.dumps(request["config"], sort_keys=True),
+        request["gym_seed"],
+        request["gym_size"],
+    )
     entry = _cached_entry(data, request["gym_index"])
     if "answer" not in request:
         return None
