@@ -64,7 +64,7 @@ def test_value(text, value, numbers):
         ("1e5", "unexpected character"),
         ("x", "unexpected character"),
         ("٣+1", "unexpected character"),
-        ("3×2", "unexpected character"),
+        ("3\u00d72", "unexpected character"),
         ("1\n+1", "unexpected character"),
         ("__import__('os')", "unexpected character"),
         ("1234567890", "more than 9 digits"),
@@ -99,9 +99,9 @@ def test_agrees_with_pythons_grammar(text):
     try:
         value = evaluate(text)[0]
     except NotAnExpression as error:
-        assert expected is None or "deep" in str(error) or "longer" in str(error)
-    else:
-        assert value == expected
+        value = None if any(limit in str(error) for limit in ("deep", "longer", "division")) else str(error)
+        expected = None
+    assert value == expected
 
 
 @given(st.text(alphabet="0123456789+-*/() ", max_size=300) | st.text(max_size=50))

@@ -57,7 +57,7 @@ def test_columns_are_mapped(tmp_path):
         DataError, match=r"row 1 has no 'prompt'; columns: question, target; name .* --map COLUMN=prompt"
     ):
         from_dataset(path)
-    with pytest.raises(DataError, match="has no 'answer'; columns: prompt, target; .*--map COLUMN=answer"):
+    with pytest.raises(DataError, match=r"has no 'answer'; columns: prompt, target; .*--map COLUMN=answer"):
         from_dataset(path, map={"question": "prompt"})
 
 

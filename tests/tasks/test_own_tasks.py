@@ -47,7 +47,7 @@ def test_chat_rows_keep_the_answers_and_ask_in_words(name):
 @pytest.mark.parametrize(
     "hostile",
     [
-        "", " ", "\n\n", "\x00", "9" * 5_000, "(" * 10_000, "<answer>" * 1_000, "١٢٣٤٥٦", "１２３４５６", "½", "1e999",
+        "", " ", "\n\n", "\x00", "9" * 5_000, "(" * 10_000, "<answer>" * 1_000, "١٢٣٤٥٦", "\uff11\uff12", "½", "1e999",
         "__import__('os').system('true')", "\ud800", "-" * 1_000, "9" * 200_000, "|" * 1_000,
     ],
 )  # fmt: skip
@@ -82,7 +82,7 @@ def test_reward_takes_what_trl_passes_beside_the_columns():
 
 
 def test_reward_names_the_column_that_is_missing():
-    with pytest.raises(DataError, match="'modsum' scores with the column 'digits'.*columns given: answer"):
+    with pytest.raises(DataError, match=r"'modsum' scores with the column 'digits'.*columns given: answer"):
         task("modsum").reward(["p"], ["123456"], answer=["1"])
     with pytest.raises(DataError, match="one value for each of the 2 completions"):
         task("running-maximum").reward(["p", "p"], ["1", "2"], answer=["1"])

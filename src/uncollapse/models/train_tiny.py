@@ -29,7 +29,7 @@ from uncollapse.tasks.task import GeneratedTask
 
 IGNORED = -100
 MODSUM, MAXIMUM, COUNTDOWN = modsum.modsum(), running_maximum.running_maximum(), countdown.countdown()
-SHARES = {"modsum": 0.35, "running-maximum": 0.4, "countdown": 0.25}
+SHARES = {"modsum": 0.3, "running-maximum": 0.4, "countdown": 0.3}
 """Share of the batches that each task has."""
 
 
@@ -49,8 +49,8 @@ class Settings:
     """
 
     seed: int = 0
-    learn_steps: int = 600
-    roughen_steps: int = 150
+    learn_steps: int = 500
+    roughen_steps: int = 120
     batch: int = 64
     learning_rate: float = 2e-3
     modsum_right: float = 0.6

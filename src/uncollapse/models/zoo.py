@@ -19,6 +19,11 @@ NAMES = {
 }
 
 
+def models() -> dict[str, str]:
+    """Names that `load` knows, besides Hub ids and paths, each with one line on what it is."""
+    return dict(NAMES)
+
+
 def model_names() -> list[str]:
     """Names that `load` knows, besides Hub ids and paths."""
     return list(NAMES)

@@ -12,11 +12,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from uncollapse.errors import ConfigError, DataError, MissingExtra
 from uncollapse.tasks.answers import final_answer, same_answer
-from uncollapse.tasks.task import Row, Style, check_size, check_style, conversational, judged
+from uncollapse.tasks.task import Row, check_size, check_style, conversational, judged
 
 RewardFunction = Callable[..., list[float | None]]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -31,8 +31,8 @@ def is_data_source(name: str) -> bool:
 def from_dataset(
     source: str | Path,
     *,
-    reward: RewardFunction | Literal["exact", "math-verify"] = "exact",
-    map: Mapping[str, str] | None = None,  # noqa: A002
+    reward: RewardFunction | str = "exact",
+    map: Mapping[str, str] | None = None,
     hub_split: str = "train",
     config: str | None = None,
 ) -> DatasetTask:
@@ -84,7 +84,7 @@ class DatasetTask:
         """Size and source."""
         return f"{len(self.data)} rows of {self.name}"
 
-    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
+    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: str = "plain") -> list[Row]:
         """`size` rows in an order shuffled by the seed; fewer if the split has fewer.
 
         Every tenth row is held out for any split but "train"; below ten rows both have all of them.

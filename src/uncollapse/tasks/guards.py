@@ -22,7 +22,24 @@ MAX_LITERAL = 2_000
 MAX_NESTING = 20
 MAX_FORMULA = 500
 FUNCTIONS = frozenset(
-    "Abs acos acosh asin asinh atan atanh cos cosh cot csc exp ln log sec sin sinh sqrt tan tanh".split()
+    {
+        "Abs",
+        "acos",
+        "acosh",
+        "asin",
+        "asinh",
+        "atan",
+        "atanh",
+        "cos",
+        "cosh",
+        "cot",
+        "csc",
+        "exp",
+        "ln",
+        "log",
+        "sec",
+    }
+    | {"sin", "sinh", "sqrt", "tan", "tanh"}
 )
 CONSTANTS = frozenset(("pi", "E"))
 
@@ -84,9 +101,7 @@ def _is_inert(found: list[tuple[str, str]]) -> bool:
         if kind == "name":
             if not (text in FUNCTIONS if following == "(" else len(text) == 1 or text in CONSTANTS):
                 return False
-        elif following == "(" and kind == "number":
-            return False
-        elif text == ")" and following == "(":
+        elif following == "(" and (kind == "number" or text == ")"):
             return False
         if text == "**":
             powers += 1

@@ -24,7 +24,7 @@ from uncollapse.errors import ConfigError, MissingExtra, UnknownName
 from uncollapse.tasks.answers import MAX_ANSWER, final_answer
 from uncollapse.tasks.guards import GUARDS
 from uncollapse.tasks.sandbox import Failed, Sandbox, TimedOut
-from uncollapse.tasks.task import Row, Style, check_size, check_style, conversational, judged
+from uncollapse.tasks.task import Row, check_size, check_style, conversational, judged
 
 PREFIX = "reasoning-gym:"
 COLUMNS = ("gym_seed", "gym_size", "gym_index")
@@ -92,7 +92,7 @@ class GymTask:
         """Where the task comes from."""
         return f"reasoning-gym's {self.dataset.replace('_', ' ')}"
 
-    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
+    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: str = "plain") -> list[Row]:
         """`size` rows from the generator, seeded by a hash of (split, seed).
 
         The generators add the index to their seed, so neighbouring seeds would share rows; hashed seeds are apart.

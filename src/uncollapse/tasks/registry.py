@@ -60,6 +60,15 @@ def task(name: str, **options: Any) -> Task:
         raise ConfigError(f"task {name!r}: {error}") from error
 
 
+def tasks() -> dict[str, str]:
+    """Every name with its summary, in the order of `task_names`; nothing is built from reasoning-gym."""
+    own = {name: _FACTORIES[name]().summary for name in sorted(_FACTORIES)}
+    return {
+        **own,
+        **{name: f"reasoning-gym's {name.removeprefix(PREFIX).replace('_', ' ')}" for name in gym_names()},
+    }
+
+
 def task_names() -> list[str]:
     """Own tasks, then every reasoning-gym data set if reasoning-gym is installed."""
     return [*sorted(_FACTORIES), *gym_names()]

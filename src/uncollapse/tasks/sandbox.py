@@ -65,7 +65,8 @@ class Sandbox:
             if self._child is None or self._child.poll() is not None:
                 self._start()
                 self._receive(start_seconds)
-            assert self._child is not None and self._child.stdin is not None
+            assert self._child is not None
+            assert self._child.stdin is not None
             try:
                 self._child.stdin.write(json.dumps(request) + "\n")
                 self._child.stdin.flush()
