@@ -56,7 +56,10 @@ def fit(log: Log) -> LawComparison:
     steps, reward = log.values(reward_metric(log))
     common, mine, theirs = np.intersect1d(entropy_steps, steps, return_indices=True)
     if not common.size:
-        raise DataError("no step has both entropy and reward")
+        missing = [name for name, found in (("entropy", entropy_steps), ("reward", steps)) if not found.size]
+        raise DataError(
+            f"{' and '.join(missing)} not logged" if missing else "no step has both entropy and reward"
+        )
     return compare_laws(entropy[mine], reward[theirs])
 
 
@@ -91,7 +94,7 @@ def _lead(found: LawComparison) -> str:
 
 def _verdict(found: LawComparison) -> str:
     delta = abs(found.delta_aic)
-    counted = f"{number(found.effective_n, 2)} effective points (neighbouring steps repeat each other)"
+    counted = f"{found.effective_n:.0f} effective points (neighbouring steps repeat each other)"
     if found.verdict is LawVerdict.indistinguishable:
         return (
             f"The two laws cannot be told apart here: AIC differs by {number(delta)} on paper, too little once counted on {counted}. "
