@@ -98,50 +98,22 @@ def law(found: LawComparison, ax: Axes | None = None, *, title: str = "Reward", 
     """Reward against entropy, both fitted laws, the confidence band of the exponential one and its ceiling at H = 0."""
     ax = _dress(ax, title, "mean of a step", "entropy (nats per token)", whole=False)
     curve = found.exponential
-    grid = np.linspace(0.0, float(curve.entropy.max()) * 1.03, 160)
-    low, high = curve.interval(grid, level)
     spread = float(np.ptp(curve.reward)) or 1.0
-    bottom, top = (
-        float(curve.reward.min()) - 0.15 * spread,
-        max(float(curve.reward.max()), curve.ceiling) + 0.2 * spread,
-    )
-    ax.fill_between(
-        grid,
-        np.clip(low, bottom, top),
-        np.clip(high, bottom, top),
-        color=LIGHT["s1"],
-        alpha=0.14,
-        linewidth=0,
-    )
-    ax.plot(
-        grid,
-        found.straight_line.predict(grid),
-        color=LIGHT["s8"],
-        linestyle=DASHES[1],
-        linewidth=1.6,
-        label="straight line",
-    )
-    ax.plot(
-        grid,
-        curve.predict(grid),
-        color=LIGHT["s1"],
-        linewidth=2.2,
-        label="R = b \u2212 a\u00b7exp(H)",
-        zorder=3,
-    )
+    bottom = float(curve.reward.min()) - 0.15 * spread
+    top = max(float(curve.reward.max()), curve.ceiling) + 0.2 * spread
+    grid = np.linspace(0.0, float(curve.entropy.max()) * 1.03, 160)
+    low, high = (np.clip(edge, bottom, top) for edge in curve.interval(grid, level))
+    ax.fill_between(grid, low, high, color=LIGHT["s1"], alpha=0.14, linewidth=0)
+    ax.plot(grid, found.straight_line.predict(grid), color=LIGHT["s8"], linestyle=DASHES[1], linewidth=1.6,
+            label="straight line")  # fmt: skip
+    ax.plot(grid, curve.predict(grid), color=LIGHT["s1"], linewidth=2.2, zorder=3,
+            label="R = b \u2212 a\u00b7exp(H)")  # fmt: skip
     for stage, part in enumerate(np.array_split(np.arange(curve.entropy.size), len(TIME))):
-        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=7.5, markeredgecolor=LIGHT["page"], markeredgewidth=1,
-                gid="readout-xy", label=f"_{_stage(stage)}", zorder=4)  # fmt: skip
-    ax.plot(
-        [0],
-        [curve.ceiling],
-        "D",
-        color=LIGHT["s2"],
-        markersize=9,
-        markeredgecolor=LIGHT["page"],
-        zorder=5,
-        clip_on=False,
-    )
+        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=7.5, zorder=4,
+                markeredgecolor=LIGHT["page"], markeredgewidth=1, gid="readout-xy",
+                label=f"_stage {stage + 1} of {len(TIME)}")  # fmt: skip
+    ax.plot([0], [curve.ceiling], "D", color=LIGHT["s2"], markersize=9, markeredgecolor=LIGHT["page"], zorder=5,
+            clip_on=False)  # fmt: skip
     ax.annotate(f"ceiling {curve.ceiling:.2f}", (0, curve.ceiling), xytext=(6, -32), textcoords="offset points",
                 fontsize=SIZE, fontweight="bold", color=LIGHT["s2"])  # fmt: skip
     ax.set_xlim(0, float(grid[-1]))
@@ -315,10 +287,6 @@ def _legend(ax: Axes) -> None:
         legend = ax.legend(handles, labels, frameon=False, fontsize=SIZE - 0.5, loc="best", labelcolor=LIGHT["ink"],
                            handlelength=1.8, ncols=1 if len(labels) < 5 else 2)  # fmt: skip
         legend.set_zorder(6)
-
-
-def _stage(index: int) -> str:
-    return f"stage {index + 1} of {len(TIME)}"
 
 
 def _smooth(values: Vector) -> Vector:

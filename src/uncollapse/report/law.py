@@ -87,6 +87,8 @@ def _lead(found: LawComparison) -> str:
         f"If R = b \u2212 a\u00b7exp(H) holds, reward cannot pass {level(law.ceiling)} (95\u202f% interval {level(low)} to {level(high)}) "
         f"however long this run trains, because by then the entropy is spent. It stands at {level(reached)}."
     )
+    if reached > law.ceiling:
+        return meaning + " That is above the ceiling already: the law does not hold here to that accuracy."
     if law.ceiling > 1:
         return meaning + " A ceiling above 1 binds no reward that is a success rate."
     return meaning
@@ -182,4 +184,4 @@ def _caption(arms: Sequence[Arm]) -> str:
     who = (
         "" if len(arms) == 1 and len(arms[0].logs) == 1 else f" {arms[0].name}, seed {arms[0].logs[0].seed}."
     )
-    return f"One dot per step, from early (pale) to late (dark). Band: 95\u202f% interval of the exponential law.{who}"
+    return f"One dot per step, from early (faint) to late (strong). Band: 95\u202f% interval of the exponential law.{who}"

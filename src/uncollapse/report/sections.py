@@ -342,7 +342,7 @@ def tiles(arm: Arm) -> list[Tile]:
         (VALIDATION, "Validation reward", ""),
     ]
     wanted += [(key, key.removeprefix("eval/").capitalize(), "") for key in keys]
-    wanted.append(("eval/distinct", "Distinct correct answers", ""))
+    wanted.append(("eval/distinct", "Distinct answers", ""))
     found = []
     for key, label, unit in wanted:
         first, last = arm.first(key), arm.last(key)

@@ -10,6 +10,9 @@ from uncollapse.report.series import Arm, Estimate, pass_keys
 Number: TypeAlias = float | int
 
 THIN = "\u202f"
+_SUPERSCRIPT = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 MINUS = "\u2212"
 
 
@@ -24,7 +27,7 @@ def number(value: Number, digits: int = 3) -> str:
         text = f"{value:.{max(0, digits - 1 - size)}f}"
     else:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        text = f"{mantissa}\u00b710^{int(exponent)}"
+        text = f"{mantissa}\u00b710{str(int(exponent)).translate(_SUPERSCRIPT)}"
     return text.replace("-", MINUS)
 
 
