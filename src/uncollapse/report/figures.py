@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from uncollapse.measure.entropy_law import LawComparison
 from uncollapse.report.palette import DASHES, LIGHT, SERIES, TIME
-from uncollapse.report.series import Curve, Estimate
+from uncollapse.report.series import Curve, Estimate, Vector
 from uncollapse.report.words import number
 
 TITLE = "panel-title"
@@ -99,42 +98,23 @@ def law(found: LawComparison, ax: Axes | None = None, *, title: str = "Reward", 
     """Reward against entropy, both fitted laws, the confidence band of the exponential one and its ceiling at H = 0."""
     ax = _dress(ax, title, "mean of a step", "entropy (nats per token)", whole=False)
     curve = found.exponential
-    grid = np.linspace(0.0, float(curve.entropy.max()) * 1.03, 160)
-    low, high = curve.interval(grid, level)
     spread = float(np.ptp(curve.reward)) or 1.0
-    bottom, top = (
-        float(curve.reward.min()) - 0.15 * spread,
-        max(float(curve.reward.max()), curve.ceiling) + 0.2 * spread,
-    )
-    ax.fill_between(
-        grid,
-        np.clip(low, bottom, top),
-        np.clip(high, bottom, top),
-        color=LIGHT["s1"],
-        alpha=0.14,
-        linewidth=0,
-    )
-    ax.plot(
-        grid,
-        found.straight_line.predict(grid),
-        color=LIGHT["s8"],
-        linestyle=DASHES[1],
-        linewidth=1.6,
-        label="straight line",
-    )
-    ax.plot(
-        grid,
-        curve.predict(grid),
-        color=LIGHT["s1"],
-        linewidth=2.2,
-        label="R = b \u2212 a\u00b7exp(H)",
-        zorder=3,
-    )
+    bottom = float(curve.reward.min()) - 0.15 * spread
+    top = max(float(curve.reward.max()), curve.ceiling) + 0.2 * spread
+    grid = np.linspace(0.0, float(curve.entropy.max()) * 1.03, 160)
+    low, high = (np.clip(edge, bottom, top) for edge in curve.interval(grid, level))
+    ax.fill_between(grid, low, high, color=LIGHT["s1"], alpha=0.14, linewidth=0)
+    ax.plot(grid, found.straight_line.predict(grid), color=LIGHT["s8"], linestyle=DASHES[1], linewidth=1.6,
+            label="straight line")  # fmt: skip
+    ax.plot(grid, curve.predict(grid), color=LIGHT["s1"], linewidth=2.2, zorder=3,
+            label="R = b \u2212 a\u00b7exp(H)")  # fmt: skip
     for stage, part in enumerate(np.array_split(np.arange(curve.entropy.size), len(TIME))):
-        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=6.5, markeredgewidth=0,
-                gid="readout-xy", label=f"_{_stage(stage)}", zorder=4)  # fmt: skip
-    ax.plot([0], [curve.ceiling], "D", color=LIGHT["s2"], markersize=8, zorder=5, clip_on=False)
-    ax.annotate(f"ceiling {curve.ceiling:.2f}", (0, curve.ceiling), xytext=(8, -18), textcoords="offset points",
+        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=7.5, zorder=4,
+                markeredgecolor=LIGHT["page"], markeredgewidth=1, gid="readout-xy",
+                label=f"_stage {stage + 1} of {len(TIME)}")  # fmt: skip
+    ax.plot([0], [curve.ceiling], "D", color=LIGHT["s2"], markersize=9, markeredgecolor=LIGHT["page"], zorder=5,
+            clip_on=False)  # fmt: skip
+    ax.annotate(f"ceiling {curve.ceiling:.2f}", (0, curve.ceiling), xytext=(6, -32), textcoords="offset points",
                 fontsize=SIZE, fontweight="bold", color=LIGHT["s2"])  # fmt: skip
     ax.set_xlim(0, float(grid[-1]))
     ax.set_ylim(bottom, top)
@@ -143,7 +123,7 @@ def law(found: LawComparison, ax: Axes | None = None, *, title: str = "Reward", 
 
 
 def plane(
-    paths: Sequence[tuple[str, Float[np.ndarray, " sample"], Float[np.ndarray, " sample"]]],
+    paths: Sequence[tuple[str, Vector, Vector]],
     ax: Axes | None = None,
     *,
     colours: Sequence[str] = SERIES,
@@ -195,9 +175,7 @@ def bars(
     return ax
 
 
-def position_profile(
-    stages: Sequence[tuple[str, Float[np.ndarray, " sample"]]], ax: Axes | None = None
-) -> Axes:
+def position_profile(stages: Sequence[tuple[str, Vector]], ax: Axes | None = None) -> Axes:
     """Entropy by position in the answer at several stages of training, from early (pale) to late (dark).
 
     `stages`: (name, entropy in nats at positions 0, 1, ...).
@@ -262,12 +240,13 @@ def _limits(ax: Axes, lines: Sequence[Curve], *, from_zero: bool, share: bool) -
 
 def _narrow(ax: Axes) -> bool:
     figure = ax.get_figure(root=True)
-    return figure is not None and figure.get_figwidth() < 6
+    return figure is not None and float(figure.get_figwidth()) < 6
 
 
 def _small(ax: Axes) -> bool:
     spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
-    return spec is not None and figure is not None and figure.get_figwidth() / spec.get_gridspec().ncols < 4
+    columns = spec.get_gridspec().ncols if spec is not None else 1
+    return figure is not None and float(figure.get_figwidth()) / columns < 4
 
 
 def _name_lines(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -310,11 +289,7 @@ def _legend(ax: Axes) -> None:
         legend.set_zorder(6)
 
 
-def _stage(index: int) -> str:
-    return f"stage {index + 1} of {len(TIME)}"
-
-
-def _smooth(values: Float[np.ndarray, " sample"]) -> Float[np.ndarray, " sample"]:
+def _smooth(values: Vector) -> Vector:
     """Centred running mean over a tenth of the points, shrinking at the ends so that they stay where they are."""
     half = values.size // 20
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -323,7 +298,7 @@ def _smooth(values: Float[np.ndarray, " sample"]) -> Float[np.ndarray, " sample"
     return np.asarray((total[index + reach + 1] - total[index - reach]) / (2 * reach + 1))
 
 
-def _before_end(h: Float[np.ndarray, " sample"], r: Float[np.ndarray, " sample"]) -> int:
+def _before_end(h: Vector, r: Vector) -> int:
     """Index from which the arrow head points to the end: an eighth of the way's extent before it."""
     width, height = float(np.ptp(h)) or 1.0, float(np.ptp(r)) or 1.0
     away = np.hypot((h - h[-1]) / width, (r - r[-1]) / height) > 1 / 8

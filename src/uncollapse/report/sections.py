@@ -210,8 +210,12 @@ def setup(arms: Sequence[Arm], extra: Sequence[tuple[str, str]] = ()) -> Section
         for log in arm.logs:
             for name, lines in log.broken.items():
                 listed = ", ".join(map(str, lines[:8])) + (" \u2026" if len(lines) > 8 else "")
-                blocks.append(TextBlock(f"{arm.name}, seed {log.seed}: {len(lines)} lines of {name} could not be read "
-                                        f"and are left out ({listed})."))  # fmt: skip
+                what = (
+                    f"1 line of {name} could not be read and is"
+                    if len(lines) == 1
+                    else f"{len(lines)} lines of {name} could not be read and are"
+                )
+                blocks.append(TextBlock(f"{arm.name}, seed {log.seed}: {what} left out ({listed})."))
     folds = list(extra) + [
         (f"Configuration of {arm.name}" + (f", seed {log.seed}" if log.seed is not None else ""),
          yaml.safe_dump(log.config, sort_keys=False, allow_unicode=True))
@@ -338,7 +342,7 @@ def tiles(arm: Arm) -> list[Tile]:
         (VALIDATION, "Validation reward", ""),
     ]
     wanted += [(key, key.removeprefix("eval/").capitalize(), "") for key in keys]
-    wanted.append(("eval/distinct", "Distinct correct answers", ""))
+    wanted.append(("eval/distinct", "Distinct answers", ""))
     found = []
     for key, label, unit in wanted:
         first, last = arm.first(key), arm.last(key)
