@@ -113,12 +113,14 @@ QUICK = Size(
 def bandit_fit(seed: int, steps: int, *, natural: bool, lr: float) -> dict[str, float]:
     """Regress the measured entropy change per step on minus the covariance: 64 softmax bandits with 200 arms.
 
-    Logits and advantages ~ N(0, 1), advantages fixed; one pooled regression over steps and states.
+    Logits and action values ~ N(0, 1), values fixed; advantages are the values minus their mean under the current
+    policy, without which the step would not be the policy gradient. One pooled regression over steps and states.
     """
     generator = torch.Generator().manual_seed(seed)
-    z, advantage = torch.randn(2, 64, 200, generator=generator, dtype=torch.float64)
+    z, value = torch.randn(2, 64, 200, generator=generator, dtype=torch.float64)
     predicted, measured = [], []
     for _ in range(steps):
+        advantage = value - (z.softmax(-1) * value).sum(-1, keepdim=True)
         dz = policy_gradient_dlogits(z, advantage, lr, natural=natural)
         predicted.append(entropy_change_first_order(z, dz))
         measured.append(_entropy(z + dz) - _entropy(z))
