@@ -144,7 +144,8 @@ def papers_table(argument: str | None) -> str:
         )
     head = ("slug", "paper", "room", "implemented", "studied", "verdict", "official code")
     done = sum(row[3] == "yes" for row in rows)
-    return f"{done} of {len(rows)} papers are implemented.\n\n{table(head, rows)}"
+    rows.sort(key=lambda row: row[3] != "yes")
+    return f"Implemented: {done} of {len(rows)}.\n\n{table(head, rows)}"
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------
