@@ -63,9 +63,10 @@ def figure(value: object) -> str:
 
 
 def records(slug: str | None = None) -> list[dict[str, Any]]:
-    """The stored results, or the one of a paper."""
+    """The stored results, or the one of a paper; quick runs have no verdict and are left out."""
     files = sorted(RESULTS.glob("*.json")) if slug is None else [RESULTS / f"{slug}.json"]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    return [record for record in found if not record["quick"]]
 
 
 def effect(record: Mapping[str, Any], name: str) -> str:
@@ -109,8 +110,13 @@ def result_of(argument: str | None) -> str:
     text = [table(("claim", "the paper says", "criterion, fixed before the run", "effect", "verdict"), rows)]
     if record.get("limits"):
         text.append(f"Limits: {record['limits']}")
-    shown = {k: v for k, v in record["provenance"].items() if isinstance(v, (str, int, float)) and v != ""}
+    origin = record["provenance"]
+    shown = {k: v for k, v in origin.items() if isinstance(v, (str, int, float)) and v != ""} | origin[
+        "packages"
+    ]
     text.append("Measured with: " + ", ".join(f"{key} {figure(value)}" for key, value in shown.items()) + ".")
+    if origin.get("seeds"):
+        text.append("Seeds: " + ", ".join(map(str, origin["seeds"])) + ".")
     return "\n\n".join(text)
 
 
@@ -144,7 +150,8 @@ def papers_table(argument: str | None) -> str:
         )
     head = ("slug", "paper", "room", "implemented", "studied", "verdict", "official code")
     done = sum(row[3] == "yes" for row in rows)
-    return f"{done} of {len(rows)} papers are implemented.\n\n{table(head, rows)}"
+    rows.sort(key=lambda row: row[3] != "yes")
+    return f"Implemented: {done} of {len(rows)}.\n\n{table(head, rows)}"
 
 
 # ---- recipes -----------------------------------------------------------------------------------------------
