@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line(capsys, tmp_path, argv, message):
 def test_a_mistake_in_a_file_names_the_line(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: tiny\nstesp: 3\n")
-    assert fails(capsys, "train", str(path)) == "run.yaml:2: unknown setting 'stesp'; did you mean steps?"
+    assert fails(capsys, "train", str(path)) == "run.yaml:2: unknown setting 'stesp'; did you mean steps or updates or task?"
     path.write_text("model: tiny\nrecipe:\n  name: mine\n  base: grpo\n  weights: [clip-cvo]\n")
     assert fails(capsys, "train", str(path)).startswith(
         "run.yaml:5: recipe.weights[0]: unknown weights stage 'clip-cvo'"
@@ -194,4 +194,4 @@ def test_sparkline_and_duration():
     assert sparkline([1.0, 0.5, 0.0]) == "█▅▁"
     assert sparkline([float("nan"), 0.0]) == "▁"
     assert len(sparkline([float(i) for i in range(1000)])) <= 32
-    assert [duration(s) for s in (4.4, 75, 3725)] == ["4 s", "1:15", "1:02:05"]
+    assert [duration(s) for s in (4.4, 75.0, 3725.0)] == ["4 s", "1:15", "1:02:05"]

@@ -68,9 +68,9 @@ def _tasks() -> list[dict[str, str]]:
 
 
 def _models() -> list[dict[str, str]]:
-    from uncollapse.models import models
+    from uncollapse.models.zoo import NAMES
 
-    return [{"model": name, "summary": summary} for name, summary in models().items()]
+    return [{"model": name, "summary": summary} for name, summary in NAMES.items()]
 
 
 def show(slug: str, /, *, json_: AsJson = False) -> None:

@@ -96,7 +96,7 @@ def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     """Load model and data; the settings come back with every default decided."""
     from uncollapse import models, tasks
 
-    stay_offline(config.model, config.dataset, packaged=tuple(models.models()))
+    stay_offline(config.model, config.dataset, packaged=tuple(models.model_names()))
     quiet_libraries()
     model, tokenizer = models.load(config.model)
     config = config.resolved(sum(p.numel() for p in model.parameters()))

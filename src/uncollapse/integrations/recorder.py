@@ -97,9 +97,14 @@ class Recorder(TrainerCallback):
             self._score_probes(step + 1)
         self.watch(Progress(step + 1, self.config.steps, row))
         self._clock = time.perf_counter()
+        self._obey(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop where it was asked for, between two rollouts, with a checkpoint."""
+        """Stop where it was asked for."""
+        self._obey(state, control)
+
+    def _obey(self, state: Any, control: Any) -> None:
+        """If asked to, stop between two rollouts, with a checkpoint."""
         if self.stop.requested and state.global_step % self.config.updates == 0:
             control.should_training_stop = True
             control.should_save = True
