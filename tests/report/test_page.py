@@ -216,6 +216,10 @@ def test_the_law_says_why_it_cannot_be_fitted(tmp_path: Path) -> None:
     for step in range(3):
         run.append({"step": step, "entropy/token/mean": 1.0, "reward/mean": 0.1 * step})
     assert "The law cannot be fitted: entropy is constant" in Page(report.render_run(run)).text
+    flat = Run.create(tmp_path / "flat", {})
+    for step in range(3):
+        flat.append({"step": step, "entropy/token/mean": 1.0 - step, "reward/mean": 0.0})
+    assert "The law cannot be fitted: reward stayed at 0.00 throughout." in Page(report.render_run(flat)).text
     short = Run.create(tmp_path / "short", {})
     short.append({"step": 0, "entropy/token/mean": 1.0, "reward/mean": 0.1})
     assert "The law cannot be fitted: 1 points" in Page(report.render_run(short)).text

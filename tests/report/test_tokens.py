@@ -73,6 +73,16 @@ def test_unknown_entropies_stay_uncoloured() -> None:
     assert "unknown" in view.probes[0].tokens[0].tip
 
 
+def test_short_answers_share_a_row() -> None:
+    short, long = (
+        token_view([record(0, [1.0]), record(1, [0.0])], 1.0),
+        token_view([record(0, [1.0] * 50), record(1, [0.0] * 50)], 1.0),
+    )
+    assert short is not None
+    assert long is not None
+    assert (short.short, long.short) == (True, False)
+
+
 @given(st.floats(-50, 50), st.floats(0.1, 10))
 def test_shades_are_symmetric_and_bounded(change: float, scale: float) -> None:
     assert shade(change, scale) == -shade(-change, scale)

@@ -83,6 +83,11 @@ def test_other_outcomes() -> None:
     ]
 
 
+def test_a_run_without_any_signal_is_called_that() -> None:
+    rows = [{"step": i, "reward/mean": 0.0, "reward/zero_variance_groups": 1.0} for i in range(3)]
+    assert words.run_lead(Arm("grpo", (Log({}, rows, []),)))[-1].startswith("No step could teach anything")
+
+
 def test_comparison_in_words() -> None:
     collapsed, kept = (
         arm("grpo", entropy=[2.0, 0.2], reward=[0.3, 0.9]),

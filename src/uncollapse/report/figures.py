@@ -231,7 +231,9 @@ def _limits(ax: Axes, lines: Sequence[Curve], *, from_zero: bool, share: bool) -
         low, high = min(low, 0.0), max(high, 0.0)
     if share and high <= 1:
         low = max(low, 0.0)
-    room = (high - low or abs(high) or 1.0) * 0.08
+    if low == high == 0:
+        high = 1.0  # a line of zeros on a scale that people know, not on one of a few hundredths
+    room = (high - low or abs(high)) * 0.08
     ax.set_ylim(low if from_zero and low == 0 else low - room, high + room)
     steps = np.concatenate([line.steps for line in lines])
     left, right = float(steps.min()), float(steps.max())

@@ -60,6 +60,8 @@ def fit(log: Log) -> LawComparison:
         raise DataError(
             f"{' and '.join(missing)} not logged" if missing else "no step has both entropy and reward"
         )
+    if common.size > 1 and np.ptp(reward[theirs]) == 0:
+        raise DataError(f"reward stayed at {level(float(reward[theirs][0]))} throughout")
     return compare_laws(entropy[mine], reward[theirs])
 
 

@@ -116,13 +116,14 @@ def covariance(arms: Sequence[Arm]) -> Section:
     if not profiles and not mean:
         return _missing(section, "covariance/top/*", "covariance/token/mean")
     blocks: list[Block] = []
-    if profiles:
+    if profiles and any(value for _, value in profiles[0][1]):
         arm, profile = profiles[0]
         who = "" if len(arms) == 1 else f" ({arm.name})"
         words = ", ".join(f"{_top(f)} {number(v)}" for f, v in profile)
         blocks.append(figure("profile", lambda axes: figures.covariance_profile(profile, axes[0]), height=38 * len(profile) + 60,
                              alt=f"Mean covariance of the top tokens{who}: {words}.",
                              caption=f"Mean over all logged steps{who}."))  # fmt: skip
+    if profiles:
         blocks.append(_profile_table(profiles))
     if mean:
         blocks.append(figure("covariance", lambda axes: figures.curves(
@@ -179,8 +180,8 @@ def health(arms: Sequence[Arm]) -> Section:
 
     def draw(axes: Sequence[Axes]) -> None:
         for ax, (key, lines) in zip(axes, panels, strict=True):
-            share = key.endswith(("/frac", "/truncated", "/zero_variance_groups"))
             title, unit = title_and_unit(key)
+            share = unit.startswith("share") or key.endswith("/frac")
             figures.curves(
                 lines, ax, title=title, unit="" if share else unit, share=share, label=False, xlabel=""
             )

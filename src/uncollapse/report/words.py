@@ -122,6 +122,9 @@ def run_lead(arm: Arm) -> list[str]:
         ends = _ends(arm, key)
         if ends:
             sentences.append(f"{key.removeprefix('eval/').capitalize()} {moved(*ends)}{_variety(arm)}.")
+    dead = arm.mean("reward/zero_variance_groups")
+    if dead and dead.mean > 0.999:
+        sentences.append("No step could teach anything: all answers to a prompt always got the same reward.")
     return sentences or ["Once the first step is written, this page fills."]
 
 
