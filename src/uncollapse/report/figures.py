@@ -133,11 +133,12 @@ def plane(
     `paths`: (name, entropies in nats, rewards), in the order of time.
     """
     ax = _dress(ax, "Reward", "", "entropy (nats per token)", whole=False)
+    width, height = (float(np.ptp(np.concatenate([path[i] for path in paths]))) or 1.0 for i in (1, 2))
     for index, (name, entropy, reward) in enumerate(paths):
         colour = colours[index % len(colours)]
         h, r = _smooth(entropy), _smooth(reward)
         ax.plot(entropy, reward, "o", color=colour, alpha=0.16, markersize=4, markeredgewidth=0, zorder=2)
-        back = _before_end(h, r)
+        back = _before_end((h - h[-1]) / width, (r - r[-1]) / height)
         ax.plot(
             h[: back + 1], r[: back + 1], color=colour, linewidth=2.2, label=name, gid="readout-xy", zorder=3
         )
@@ -300,8 +301,7 @@ def _smooth(values: Vector) -> Vector:
     return np.asarray((total[index + reach + 1] - total[index - reach]) / (2 * reach + 1))
 
 
-def _before_end(h: Vector, r: Vector) -> int:
-    """Index from which the arrow head points to the end: an eighth of the way's extent before it."""
-    width, height = float(np.ptp(h)) or 1.0, float(np.ptp(r)) or 1.0
-    away = np.hypot((h - h[-1]) / width, (r - r[-1]) / height) > 1 / 8
+def _before_end(across: Vector, up: Vector) -> int:
+    """Index from which the arrow head points to the end: the last one a sixteenth of the figure away from it."""
+    away = np.hypot(across, up) > 1 / 16
     return int(np.flatnonzero(away)[-1]) if away.any() else 0

@@ -34,9 +34,9 @@ ENTROPY, REWARD, VALIDATION = "entropy/token/mean", "reward/mean", "eval/reward"
 def course(arms: Sequence[Arm]) -> Section:
     """Entropy and reward on one time axis."""
     section = Section("entropy", "Entropy", "Entropy and reward")
-    entropy = _each(
-        arms, ENTROPY, low="entropy/token/p10", high="entropy/token/p90", band="10th to 90th percentile"
-    )
+    # Quantile bands of several recipes would lie on each other and pass for uncertainty.
+    quantiles = {"low": "entropy/token/p10", "high": "entropy/token/p90", "band": "10th to 90th percentile"}
+    entropy = _each(arms, ENTROPY, **(quantiles if len(arms) == 1 else {}))
     reward, validation = _each(arms, REWARD), _each(arms, VALIDATION)
     if not entropy and not reward:
         return _missing(section, ENTROPY, REWARD)
