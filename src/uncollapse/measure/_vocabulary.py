@@ -16,7 +16,7 @@ from uncollapse.measure.statistics import row_dot
 
 # Elements of logits held at once unless the caller says. On a CPU a streamed tile and its exponential should stay in the caches,
 # and a block of whole rows be high enough for an efficient product; elsewhere kernel launches count.
-STREAM_CPU, ROWS_CPU, ACCELERATOR = 2**19, 2**22, 2**25
+STREAM_CPU, ROWS_CPU, ACCELERATOR = 2**20, 2**22, 2**25
 BLOCK_ROWS = 2048
 
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
