@@ -97,7 +97,10 @@ def test_a_mistake_is_one_line(capsys, tmp_path, argv, message):
 def test_a_mistake_in_a_file_names_the_line(capsys, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: tiny\nstesp: 3\n")
-    assert fails(capsys, "train", str(path)) == "run.yaml:2: unknown setting 'stesp'; did you mean steps or updates or task?"
+    assert (
+        fails(capsys, "train", str(path))
+        == "run.yaml:2: unknown setting 'stesp'; did you mean steps or updates or task?"
+    )
     path.write_text("model: tiny\nrecipe:\n  name: mine\n  base: grpo\n  weights: [clip-cvo]\n")
     assert fails(capsys, "train", str(path)).startswith(
         "run.yaml:5: recipe.weights[0]: unknown weights stage 'clip-cvo'"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,7 +53,7 @@ def reproduce(
     return _exit_code(outcome.record, fail_on)
 
 
-def _print(record: dict) -> None:
+def _print(record: Mapping[str, Any]) -> None:
     estimates = record["estimates"]
     rows = []
     for claim in record["claims"]:
@@ -72,7 +73,7 @@ def _print(record: dict) -> None:
         note(record["limits"])
 
 
-def _exit_code(record: dict, fail_on: str | None) -> int:
+def _exit_code(record: Mapping[str, Any], fail_on: str | None) -> int:
     failing = {"not-reproduced": {"not reproduced"}, "inconclusive": {"not reproduced", "inconclusive"}}
     return int(any(claim["verdict"] in failing.get(fail_on or "", ()) for claim in record["claims"]))
 

@@ -79,9 +79,8 @@ def settings_of(run: Run, **given: Any) -> TrainConfig:
 
 def finished(run: Run) -> bool:
     """Whether the checkpoint after the last step is there; it is written after everything else."""
-    steps, updates = run.config.get("steps"), run.config.get("updates")
-    last = last_checkpoint(run)
-    return bool(last and steps and updates) and _number(last) >= int(steps) * int(updates)
+    settings, last = settings_of(run), last_checkpoint(run)
+    return last is not None and _number(last) >= settings.steps * settings.updates
 
 
 def last_checkpoint(run: Run) -> Path | None:
@@ -94,17 +93,14 @@ def last_checkpoint(run: Run) -> Path | None:
 
 def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     """Load model and data; the settings come back with every default decided."""
-    from uncollapse import models, tasks
+    from uncollapse import models
 
     stay_offline(config.model, config.dataset, packaged=tuple(models.model_names()))
     quiet_libraries()
     model, tokenizer = models.load(config.model)
     config = config.resolved(sum(p.numel() for p in model.parameters()))
     style = "chat" if tokenizer.chat_template else "plain"
-    if config.dataset is not None:
-        task = tasks.from_dataset(config.dataset, map=config.columns)
-    else:
-        task = tasks.task(config.task or "modsum")
+    task = _task(config)
     rows = task.rows(config.rows, split="train", seed=config.seed, style=style)
     if len(rows) < config.prompts:
         raise DataError(
@@ -114,6 +110,15 @@ def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     # Held-out prompts are the same for every seed, so that seeds and recipes are compared on the same ones.
     held_out = task.rows(config.eval_prompts or 0, split="test", seed=0, style=style)
     return World(model, tokenizer, task, rows, held_out), config
+
+
+def _task(config: TrainConfig) -> Task:
+    from uncollapse import tasks
+
+    if config.dataset is not None:
+        return tasks.from_dataset(config.dataset, map=config.columns)
+    assert config.task is not None
+    return tasks.task(config.task)
 
 
 def _run(config: TrainConfig, world: World, run: Run, stop: StopRequest, progress: Watch) -> None:

@@ -150,4 +150,4 @@ class Recorder(TrainerCallback):
 
 
 def _due(every: int | None, done: int) -> bool:
-    return bool(every) and done % every == 0
+    return every is not None and every > 0 and done % every == 0
