@@ -101,7 +101,9 @@ def _is_inert(found: list[tuple[str, str]]) -> bool:
         if kind == "name":
             if not (text in FUNCTIONS if following == "(" else len(text) == 1 or text in CONSTANTS):
                 return False
-        elif following == "(" and (kind == "number" or text == ")"):
+        elif kind == "number" and (following[:1] == "(" or following[:1].isdigit()):
+            return False
+        if text == ")" and following == "(":
             return False
         if text == "**":
             powers += 1

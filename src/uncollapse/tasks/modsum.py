@@ -17,11 +17,11 @@ from uncollapse.tasks.task import GeneratedTask, Row, check_range
 _DIGITS = frozenset("0123456789")
 
 
-def modsum(*, digits: int = 6) -> GeneratedTask:
+def modsum(*, digits: int = 5) -> GeneratedTask:
     """The task with a fixed number of digits.
 
     Args:
-        digits: T, digits to write, 1 to 50 (default 6: short enough for hundreds of rollouts a second on
+        digits: T, digits to write, 1 to 50 (default 5: short enough for hundreds of rollouts a second on
             one core, long enough for 10,000 right answers).
 
     Raises:
