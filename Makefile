@@ -77,5 +77,5 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml constraints.txt
-	$(PIP) -e '.[docs]'
+	$(PIP) -e '.[rl,docs]'
 	@touch $@

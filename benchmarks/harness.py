@@ -59,33 +59,43 @@ class Case:
 
 def times(
     contestants: Mapping[str, Callable[[], Any]], *, rounds: int, tick: Callable[[], None]
-) -> dict[str, list]:
-    """Seconds per round and contestant; the order within a round is shuffled."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall and processor seconds per round and contestant; the order within a round is shuffled."""
     order, shuffle = list(contestants), random.Random(0).shuffle
-    seconds: dict[str, list[float]] = {name: [] for name in order}
+    wall: dict[str, list[float]] = {name: [] for name in order}
+    cpu: dict[str, list[float]] = {name: [] for name in order}
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             gc.collect()
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
+            wall[name].append(time.perf_counter() - start[0])
+            cpu[name].append(time.process_time() - start[1])
             tick()
-    return seconds
+    return wall, cpu
 
 
-def summary(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Median, 20 and 80 percentiles, minimum, and the median over rounds of each one's time over ours."""
+def summary(wall: Mapping[str, list[float]], cpu: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Median, 20 and 80 percentiles, minimum, and the median over rounds of each one's time over ours.
+
+    Processor time is kept beside wall time: other processes on the machine disturb it less.
+    """
     rows = {}
-    for name, own in seconds.items():
-        ratios = [mine / ours for mine, ours in zip(own, seconds[OURS], strict=True)]
+    for name, own in wall.items():
         low, high = _percentiles(own)
         rows[name] = {
             "seconds": {"median": statistics.median(own), "p20": low, "p80": high, "min": min(own)},
-            "time_over_ours": statistics.median(ratios),
-            "min_over_ours": min(own) / min(seconds[OURS]),
+            "time_over_ours": _over_ours(wall, name),
+            "min_over_ours": min(own) / min(wall[OURS]),
+            "cpu_seconds": statistics.median(cpu[name]),
+            "cpu_over_ours": _over_ours(cpu, name),
         }
     return rows
+
+
+def _over_ours(seconds: Mapping[str, list[float]], name: str) -> float:
+    return statistics.median(own / ours for own, ours in zip(seconds[name], seconds[OURS], strict=True))
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:
@@ -188,7 +198,7 @@ def run(name: str, *, rounds: int, threads: int, say: Callable[[str], None]) -> 
     say(f"{name}: comparing results")
     differences = dict(case.check())
     say(f"{name}: {rounds} rounds of {', '.join(case.contestants)}")
-    rows = summary(times(case.contestants, rounds=rounds, tick=lambda: say(".")))
+    rows = summary(*times(case.contestants, rounds=rounds, tick=lambda: say(".")))
     for contestant, row in rows.items():
         say(f"{name}: memory of {contestant}")
         row["extra_peak_mb"] = round(extra_peak_bytes(name, contestant, threads) / 1e6, 1)

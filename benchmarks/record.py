@@ -50,7 +50,8 @@ def table(record: dict[str, Any]) -> str:
         "",
         "Generated from `results.json` by `python -m benchmarks` (`make bench`); do not edit. All contestants run",
         "alternating in one process on the same input, after their values and gradients were found equal to ours.",
-        "*Over ours* is the median over rounds of a contestant's time divided by ours: above 1, we are faster.",
+        "*Over ours* is the median over rounds of a contestant's time divided by ours: above 1, we are faster;",
+        "*cpu over ours* is the same of processor time, which other load on the machine disturbs less.",
         "*Extra peak* is the rise of resident memory during one call, in a process of its own.",
     ]
     for name, result in sorted(record["benchmarks"].items()):
@@ -66,10 +67,10 @@ def table(record: dict[str, Any]) -> str:
             f"{result['date'][:10]}, {result['rounds']} rounds, load {host['load_1min_before']} before and "
             f"{host['load_1min_after']} after (the contestants' own threads included).",
             "",
-            "| | median s | 20 to 80 % | fastest s | over ours | extra peak MB | largest difference |",
-            "|---|---|---|---|---|---|---|",
+            "| | median s | 20 to 80 % | fastest s | over ours | cpu over ours | extra peak MB | largest difference |",
+            "|---|---|---|---|---|---|---|---|",
             *(_row(contestant, row) for contestant, row in result["rows"].items()),
-            *(f"| {peer} | absent: {reason} | | | | | |" for peer, reason in result["absent"].items()),
+            *(f"| {peer} | absent: {reason} | | | | | | |" for peer, reason in result["absent"].items()),
             "",
             *(_goal(goal) for goal in result["goals"]),
         ]
@@ -80,7 +81,7 @@ def _row(name: str, row: dict[str, Any]) -> str:
     seconds, difference = row["seconds"], row["largest_difference"]
     return (
         f"| {name} | {seconds['median']:.2f} | {seconds['p20']:.2f} to {seconds['p80']:.2f} | {seconds['min']:.2f} "
-        f"| {row['time_over_ours']:.2f} | {row['extra_peak_mb']:.0f} "
+        f"| {row['time_over_ours']:.2f} | {row['cpu_over_ours']:.2f} | {row['extra_peak_mb']:.0f} "
         f"| {'' if difference is None else f'{difference:.0e}'} |"
     )
 

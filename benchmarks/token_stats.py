@@ -17,16 +17,15 @@ from uncollapse.measure.token_stats import token_stats
 
 SUMMARY = (
     "`token_stats` against TRL's `selective_log_softmax` + `entropy_from_logits` on full logits, TRL's chunked LM head "
-    "and verl's fused linear head (torch version). Log-probability and entropy both carry gradient; hidden states and "
+    "and verl's fused linear head (torch version). TRL calls the first on (batch, time, vocabulary); *flat* is the same "
+    "code on (tokens, vocabulary), where its loop over rows runs over tokens and stays in the caches. "
+    "Log-probability and entropy both carry gradient; hidden states and "
     "the LM head both receive one. *bare products* is the time of the four matrix products that recomputing needs."
 )
-N, D, V = 2048, 576, 49152
-TRL_FULL, TRL_CHUNKED, VERL, BARE = (
-    "TRL full logits",
-    "TRL chunked head",
-    "verl fused linear",
-    "bare products",
-)
+ROWS, TIME, D, V = 8, 256, 576, 49152
+TRL_FULL, TRL_FLAT, TRL_CHUNKED = "TRL full logits", "TRL full logits, flat", "TRL chunked head"
+VERL, BARE = "verl fused linear", "bare products"
+PEERS = (TRL_FULL, TRL_FLAT, TRL_CHUNKED, VERL)
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -39,9 +38,13 @@ def trl_heads() -> dict[str, Head]:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, entropy_from_logits, selective_log_softmax
 
-    def full(hidden: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    def flat(hidden: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         logits = hidden @ weight.t()
         return selective_log_softmax(logits, token), entropy_from_logits(logits)
+
+    def full(hidden: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        logp, entropy = flat(hidden.unflatten(0, (ROWS, -1)), weight, token.unflatten(0, (ROWS, -1)))
+        return logp.flatten(), entropy.flatten()
 
     def chunked(hidden: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         size = _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -49,7 +52,7 @@ def trl_heads() -> dict[str, Head]:
             :2
         ]
 
-    return {TRL_FULL: full, TRL_CHUNKED: chunked}
+    return {TRL_FULL: full, TRL_FLAT: flat, TRL_CHUNKED: chunked}
 
 
 def verl_head() -> Head:
@@ -121,7 +124,7 @@ def difference(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> floa
 
 
 def fastest_peer(rows: Mapping[str, Mapping[str, Any]]) -> float | None:
-    peers = [row["time_over_ours"] for name, row in rows.items() if name in (TRL_FULL, TRL_CHUNKED, VERL)]
+    peers = [row["time_over_ours"] for name, row in rows.items() if name in PEERS]
     return min(peers) if peers else None
 
 
@@ -133,7 +136,7 @@ def memory_share(rows: Mapping[str, Mapping[str, Any]]) -> float | None:
 def case() -> Case:
     """The input at full size, and a small one to warm libraries up."""
     present, absent = heads()
-    problem, small = Problem(N, D, V), Problem(64, 32, 256)
+    problem, small = Problem(ROWS * TIME, D, V), Problem(64, 32, 256)
 
     def check() -> dict[str, float]:
         mine = problem.run(ours)
@@ -145,7 +148,7 @@ def case() -> Case:
         }
 
     return Case(
-        size=f"N={N} tokens, d={D}, V={V}, float32",
+        size=f"{ROWS} x {TIME} tokens, d={D}, V={V}, float32",
         contestants=on(problem),
         warm_up=on(small),
         check=check,

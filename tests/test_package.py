@@ -57,7 +57,7 @@ def test_rooms_are_those_on_disk() -> None:
         path.parent.name for path in package.glob("*/__init__.py")
     }
     named = {name for name in uncollapse.__all__ if name.islower() and name.isidentifier() and name[0] != "_"}
-    assert named == there - {"__init__", "__main__", "errors", "cli"}
+    assert named <= there - {"__init__", "__main__", "errors", "cli"}
     for name in sorted(named - {"integrations"}):
         assert getattr(uncollapse, name) is importlib.import_module(f"uncollapse.{name}")
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from uncollapse.report.glossary import TERMS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,3 +39,11 @@ def test_local_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", shown)
     missing = [link for link in links if not (page.parent / link).exists()]
     assert missing == []
+
+
+def test_metrics_that_the_docs_explain_are_those_of_the_report() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").partition("<!-- generated")[0]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [metric for row in rows for metric in re.findall(r"`([^`]+)`", row)]
+    assert named
+    assert [metric for metric in named if not any(t.explains(metric) or t.key == metric for t in TERMS)] == []

@@ -21,7 +21,7 @@ from uncollapse.measure.statistics import (
     TopKMass,
     Varentropy,
 )
-from uncollapse.measure.token_stats import token_stats, token_stats_from_logits
+from uncollapse.measure.token_stats import _check_shapes, token_stats, token_stats_from_logits
 
 ALL = (
     Logp(),
@@ -316,6 +316,19 @@ def test_bfloat16_accumulates_in_float32():
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
 
 
+def test_half_precision_logits_keep_small_gradients():
+    """Near p = 1 the one-hot part and p cancel; rounding them one by one would leave noise of a thousandth."""
+    logits = torch.zeros(4, 9, dtype=torch.bfloat16)
+    logits[:, 2] = torch.tensor([4.0, 6.0, 8.0, 12.0])
+    logits.requires_grad_()
+    token = torch.full((4,), 2)
+    exact = logits.detach().double().requires_grad_()
+    for stats in ((Logp(),), LEAN, (Logp(), MaxLogp())):
+        ours = grads(weighted(token_stats_from_logits(logits, token, stats=stats).values()), logits)[0]
+        theirs = grads(weighted(token_stats_from_logits(exact, token, stats=stats).values()), exact)[0]
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-7, atol=1e-6)
+
+
 def test_autocast_does_not_round():
     hidden, weight, shift, token = problem(dtype=torch.float32)
     plain = token_stats(hidden, token, weight=weight, bias=shift)
@@ -377,6 +390,14 @@ def test_refusals(options, error, message):
     token = options.pop("token", token)
     with pytest.raises(error, match=message):
         token_stats(hidden, token, weight=weight, **options)
+
+
+def test_shapes_that_do_not_belong_together():
+    x, token = torch.zeros(2, 4, 5), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(DataError, match=r"\(2, 4, 5\) and \(2, 3\); each position needs one token"):
+        _check_shapes(x, token, None)
+    with pytest.raises(DataError, match=r"mask \(2, 3\)"):
+        _check_shapes(x, torch.zeros(2, 4, dtype=torch.long), token.bool())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from uncollapse import __version__
-from uncollapse.cli.output import console, fail, show_warnings
+from uncollapse.cli.output import console, fail, note, show_warnings
 from uncollapse.errors import UncollapseError
 
 _VERBS = {
@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UncollapseError, CycloptsError) as error:
         fail(_advice(error))
         return 2
-    except KeyboardInterrupt:
-        fail("interrupted")
+    except KeyboardInterrupt as error:
+        note(str(error) or "interrupted")
         return 130
     except BrokenPipeError:
         # Whoever read our output has enough; a second failure while closing would only confuse.

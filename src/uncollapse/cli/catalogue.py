@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from uncollapse.catalogue import Paper, paper, papers
 from uncollapse.cli.output import as_json, say, table
-from uncollapse.records import record
+from uncollapse.cli.records import record
 
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for programs.")]
 
@@ -59,15 +59,18 @@ def _recipes() -> list[dict[str, str]]:
 
 
 def _tasks() -> list[dict[str, str]]:
-    from uncollapse.tasks import tasks
+    from uncollapse.tasks import task, task_names
 
-    return [{"task": name, "summary": summary} for name, summary in tasks().items()]
+    return [
+        {"task": name, "summary": "generator of reasoning-gym" if ":" in name else task(name).summary}
+        for name in task_names()
+    ]
 
 
 def _models() -> list[dict[str, str]]:
-    from uncollapse.models import models
+    from uncollapse.models.zoo import NAMES
 
-    return [{"model": name, "summary": summary} for name, summary in models().items()]
+    return [{"model": name, "summary": summary} for name, summary in NAMES.items()]
 
 
 def show(slug: str, /, *, json_: AsJson = False) -> None:

@@ -112,7 +112,7 @@ def _majority(given: Sequence[str], good: np.ndarray, votes: int) -> float:
     ids = answer_ids(given)
     counts = np.bincount(ids)
     right = sorted({int(i) for i, g in zip(ids, good, strict=True) if g})
-    return sum(majority_at_k(counts, i, votes) for i in right)
+    return sum((majority_at_k(counts, i, votes) for i in right), start=0.0)
 
 
 def scored(task: Task, rows: Sequence[Row], texts: Sequence[str]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 recipe: clip-cov          # a name, a file, or a recipe spelled out
 model: tiny
-task: modsum              # or dataset: problems.jsonl, with columns: {prompt: question, answer: gold}
+task: modsum              # or dataset: problems.jsonl, with columns: {question: prompt, gold: answer}
 steps: 100
 seed: 0
 output: runs/clip-cov
@@ -35,7 +35,8 @@ class TrainConfig:
     Args:
         recipe: what is trained with; samples per prompt and temperature are its sampler's.
         model: `tiny`, `smollm2-135m`, a Hub id or a directory.
-        task: name of a task; `dataset` (JSONL, Parquet, Hub id) with `columns` takes its place.
+        task: name of a task; `dataset` (JSONL, Parquet, Hub id) takes its place, `columns` maps names in the
+            data to `prompt` and `answer`.
         steps: rollouts.
         prompts: prompts per rollout.
         updates: optimiser steps per rollout. With one, clips and KL-Cov have nothing to act on.

@@ -31,17 +31,17 @@ from trl.trainer.utils import use_adapter
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.fused_forward import add_completion_stats, completion_stats, takes_position_ids
 from uncollapse.integrations.rounds import fill_dead
-from uncollapse.policy.batch import Batch, Clock, Stat
+from uncollapse.policy.batch import Batch, Clock, Stat, Whose
+from uncollapse.policy.config import resolve
 from uncollapse.policy.metrics import rollout_metrics
 from uncollapse.policy.recipe import LossReport, Recipe
-from uncollapse.policy.recipe import recipe as registered
 from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
-from uncollapse.policy.stats import Entropy, Logp
+from uncollapse.policy.stats import Entropy, Logp, Measured
 
 STATE_FILE = "uncollapse_recipe.pt"
 
 OFFERS: frozenset[str | type[Stat]] = frozenset(
-    {"reward", "group", "ids", "length", "finished", "token_limit", "fresh_prompts", Stat}
+    {"reward", "group", "ids", "length", "finished", "token_limit", "fresh_prompts", Measured}
 )
 """What TRL can provide to a recipe; two policies' logits at once it cannot."""
 
@@ -57,7 +57,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with a recipe.
 
     Args:
-        recipe: name of a registered recipe, or a `Recipe`. Group size and temperature are `num_generations` and
+        recipe: name of a registered recipe, path of a YAML file, or a `Recipe`. Group size and temperature are `num_generations` and
             `temperature` of the config, as in TRL, and replace those of the recipe's sampler.
 
     Everything else is an argument of TRL's trainer. Raises `ConfigError` for options that the recipe owns, for
@@ -74,7 +74,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         **options: Any,
     ) -> None:
         args = trl.GRPOConfig("uncollapse-grpo") if args is None else args
-        chosen = registered(recipe) if isinstance(recipe, str) else copy.deepcopy(recipe)
+        chosen = copy.deepcopy(resolve(recipe))
         sampler = replace(chosen.sampler, samples=args.num_generations, temperature=args.temperature)  # type: ignore[type-var]
         self.recipe = replace(chosen, sampler=sampler)
         _refuse(args, self.recipe)
@@ -133,7 +133,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             output = generate(rows)
             return output, self._reward()[self._local_rows(len(rows))]
 
-        if isinstance(self.recipe.sampler, PlainSampler):
+        sampler = self.recipe.sampler
+        if not isinstance(sampler, DynamicSampler):
             return sample(inputs)
         groups = len(inputs) // self.num_generations
         output, reward, generated = fill_dead(
@@ -141,7 +142,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             inputs,
             self.train_dataset,
             size=self.num_generations,
-            rounds=self.recipe.sampler.rounds,
+            rounds=sampler.rounds,
             clock=clock,
             first=self.accelerator.process_index * groups,
             most=lambda count: int(
@@ -187,10 +188,10 @@ class GRPOTrainer(trl.GRPOTrainer):
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
-            found = self._measured(self.model, output, mask, [s for s in wanted if s.whose == "old"])
+            found = self._measured(self.model, output, mask, _of(wanted, "old"))
             if self._reads_reference:
                 with self._reference() as reference:
-                    found |= self._measured(reference, output, mask, [s for s in wanted if s.whose == "ref"])
+                    found |= self._measured(reference, output, mask, _of(wanted, "ref"))
         return found
 
     def _reference(self) -> Any:
@@ -199,7 +200,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         return _adapter_off(self)
 
     def _measured(
-        self, model: Any, inputs: Mapping[str, Any], mask: Tensor, stats: list[Stat]
+        self, model: Any, inputs: Mapping[str, Any], mask: Tensor, stats: list[Measured]
     ) -> dict[Stat, Tensor]:
         """Measure local rows, in pieces of the micro-batch's size unless gradient is needed."""
         if not stats:
@@ -266,7 +267,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _measured_now(self, mini: Batch, accumulated: list[Any]) -> Batch:
         """The window with the current policy's statistics: one forward pass without gradient."""
-        stats = sorted(self.recipe.stats("plan"), key=repr)
+        stats = _of(self.recipe.stats("plan"), "now")
         found: list[dict[Stat, Tensor]] = []
         with (
             torch.no_grad(),
@@ -283,7 +284,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         window = self._window
         assert window is not None
         micro = window[self._place[inputs["row"]]]
-        wanted = sorted(self.recipe.stats("loss") | {Logp("now")}, key=repr)
+        wanted = _of(self.recipe.stats("loss") | {Logp("now")}, "now")
         time = inputs["completion_ids"].shape[1]
         values = self._measured(model, inputs, micro.mask[:, :time], wanted)
         wide = micro.mask.shape[1] - time
@@ -363,6 +364,11 @@ class GRPOTrainer(trl.GRPOTrainer):
         state = torch.load(path, weights_only=True)
         self._rollouts = int(state.pop("rollouts"))
         self.recipe.load_state_dict(state)
+
+
+def _of(stats: frozenset[Stat], whose: Whose) -> list[Measured]:
+    """The statistics of one policy, in an order that all processes share."""
+    return sorted((s for s in stats if isinstance(s, Measured) and s.whose == whose), key=repr)
 
 
 def _adapter_off(trainer: GRPOTrainer) -> Any:

@@ -1,7 +1,7 @@
 """Where tiles of logits come from and where their gradients go: an LM head, or logits in hand.
 
-Both answer the same five questions (`blocks`, `tile`, `sampled`, `add`, `add_sampled`), so that the statistics
-are written once. Tiles are scaled by 1/temperature and are at least float32.
+Both answer the same questions (`blocks`, `tile`, `sampled`, then `open`, `add`, `close`), so that the statistics are
+written once. Tiles are scaled by 1/temperature and are at least float32.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from torch import Tensor
 
 from uncollapse.measure.statistics import row_dot
 
-# Elements of logits held at once. On a CPU a streamed tile and its exponential should stay in the caches,
+# Elements of logits held at once unless the caller says. On a CPU a streamed tile and its exponential should stay in the caches,
 # and a block of whole rows be high enough for an efficient product; elsewhere kernel launches count.
-STREAM_CPU, ROWS_CPU, ACCELERATOR = 2**19, 2**22, 2**25
+STREAM_CPU, ROWS_CPU, ACCELERATOR = 2**20, 2**22, 2**25
 BLOCK_ROWS = 2048
 
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 Where: TypeAlias = slice | Tensor
+Sampled: TypeAlias = tuple[Tensor, Tensor] | None
 
 
-def default_chunk(device: torch.device, *, streamed: bool) -> int:
-    """Elements of logits to hold at once on this device."""
-    if device.type != "cpu":
-        return ACCELERATOR
-    return STREAM_CPU if streamed else ROWS_CPU
+def tile_size(chunk: int | None, device: torch.device) -> int:
+    """Elements of a streamed tile: what was asked for, or what suits the device."""
+    return chunk or (STREAM_CPU if device.type == "cpu" else ACCELERATOR)
+
+
+def row_count(chunk: int | None, device: torch.device, vocab: int) -> int:
+    """Whole rows to hold at once, at least one."""
+    return max(1, (chunk or (ROWS_CPU if device.type == "cpu" else ACCELERATOR)) // vocab)
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
@@ -81,17 +85,21 @@ class Head:
         if self._grad_weight is not None and not self.count:
             self._grad_weight.zero_()
 
-    def add(self, rows: slice, cols: slice, grad: Tensor) -> None:
-        """Take the gradient of one tile with respect to its scaled logits."""
+    def add(self, rows: slice, cols: slice, grad: Tensor, sampled: Sampled = None) -> None:
+        """Take the gradient of one tile with respect to its scaled logits.
+
+        `sampled`: token ids and what their logits get on top, given with the last tile of these rows.
+        """
         if self._grad_hidden is not None:
             self._grad_hidden[rows].addmm_(grad, self._weights(cols))
         if self._grad_weight is not None:  # the first block of rows finds it uninitialised
             self._grad_weight[cols].addmm_(grad.t(), self.hidden[rows], beta=float(rows.start > 0))
         if self._grad_bias is not None:
             self._grad_bias[cols] += grad.sum(0)
+        if sampled is not None:
+            self._add_sampled(rows, *sampled)
 
-    def add_sampled(self, rows: slice, token: Tensor, grad: Tensor) -> None:
-        """Take gradients of the sampled tokens' scaled logits; after all tiles of these rows."""
+    def _add_sampled(self, rows: slice, token: Tensor, grad: Tensor) -> None:
         column = grad.unsqueeze(-1)
         if self._grad_hidden is not None:
             self._grad_hidden[rows] += self.weight[token].to(self.dtype).mul_(column)
@@ -136,14 +144,12 @@ class Given:
         """Allocate the gradient."""
         self._grad = torch.empty_like(self.logits)
 
-    def add(self, rows: slice, cols: slice, grad: Tensor) -> None:
-        """Take the gradient of one tile with respect to its scaled logits."""
+    def add(self, rows: slice, cols: slice, grad: Tensor, sampled: Sampled = None) -> None:
+        """Take the gradient of one tile, whole rows here, with respect to its scaled logits; see `Head.add`."""
+        if sampled is not None:  # before rounding to the dtype of the logits: near p = 1 the two parts cancel
+            token, extra = sampled
+            grad.scatter_add_(-1, token.unsqueeze(-1), extra.unsqueeze(-1))
         self._grad[rows, cols] = grad.mul_(self.scale)
-
-    def add_sampled(self, rows: slice, token: Tensor, grad: Tensor) -> None:
-        """Take gradients of the sampled tokens' scaled logits; after all tiles of these rows."""
-        column = (grad * self.scale).to(self._grad.dtype).unsqueeze(-1)
-        self._grad[rows].scatter_add_(-1, token.unsqueeze(-1), column)
 
     def close(self) -> Grads:
         """The gradient, in the dtype of the logits."""

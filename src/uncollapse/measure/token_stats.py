@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.measure._vocabulary import Given, Head, default_chunk, spans
-from uncollapse.measure.statistics import FLOOR, Entropy, Logp, Rows, Statistic, row_dot
+from uncollapse.measure._vocabulary import Given, Head, row_count, spans, tile_size
+from uncollapse.measure.statistics import FLOOR, Entropy, Logp, Rows, Statistic
 
 Source: TypeAlias = Head | Given
 DEFAULT: tuple[Statistic, ...] = (Logp(), Entropy())
@@ -66,11 +66,12 @@ def token_stats(
 
     Raises:
         ConfigError: temperature or chunk not positive, no statistic.
-        DataError: a counted token id outside the vocabulary.
+        DataError: a counted token id outside the vocabulary; shapes that do not belong together.
 
     Cost: forward one product (tokens x hidden x vocab); backward three, one fewer if the weight is frozen. Memory
     beyond inputs and gradients: a few times `chunk`, plus two numbers per token between the passes.
     """
+    _check_shapes(hidden, token, mask)
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _measure(flat, token, weight, bias, mask, temperature, stats, chunk, vocab=len(weight))
 
@@ -90,6 +91,7 @@ def token_stats_from_logits(
 
     Cost: no copy of the logits is kept; the backward pass allocates their gradient and a few times `chunk`.
     """
+    _check_shapes(logits, token, mask)
     flat = logits.reshape(-1, logits.shape[-1])
     return _measure(flat, token, None, None, mask, temperature, stats, chunk, vocab=logits.shape[-1])
 
@@ -129,6 +131,17 @@ def _check_options(temperature: float, stats: Sequence[Statistic], chunk: int | 
         raise ConfigError(f"token_stats: chunk is {chunk}; give a positive number of elements, or None")
 
 
+def _check_shapes(x: Tensor, token: Tensor, mask: Tensor | None) -> None:
+    if token.shape != x.shape[:-1] or (mask is not None and mask.shape != token.shape):
+        shapes = f"{tuple(x.shape)} and {tuple(token.shape)}" + (
+            "" if mask is None else f", mask {tuple(mask.shape)}"
+        )
+        raise DataError(
+            f"token_stats: hidden states (or logits) and token have shapes {shapes}; each position needs one token, "
+            "usually hidden[:, :-1] and ids[:, 1:]"
+        )
+
+
 def _check_tokens(token: Tensor, vocab: int) -> None:
     if token.numel():
         low, high = torch.stack(token.aminmax()).tolist()  # one synchronisation; an id on a GPU would abort
@@ -146,12 +159,11 @@ class _TokenStats(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         streamed = set(stats) <= set(DEFAULT)
         source = _source(x, weight, bias, temperature)
-        size = chunk or default_chunk(x.device, streamed=streamed)
-        ctx.options = temperature, stats, size, streamed
+        ctx.options = temperature, stats, chunk, streamed
         if not streamed:
             ctx.save_for_backward(x, weight, bias, token)
-            return _whole_rows(source, token, stats, size)
-        logp, lse, entropy = _stream(source, token, size, entropy=Entropy() in stats)
+            return _whole_rows(source, token, stats, chunk)
+        logp, lse, entropy = _stream(source, token, chunk, entropy=Entropy() in stats)
         ctx.save_for_backward(x, weight, bias, token, lse, entropy)
         return tuple(entropy.clone() if stat == Entropy() else logp for stat in stats)
 
@@ -159,16 +171,16 @@ class _TokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         x, weight, bias, token, *kept = ctx.saved_tensors
-        temperature, stats, size, streamed = ctx.options
+        temperature, stats, chunk, streamed = ctx.options
         source = _source(x, weight, bias, temperature)
         source.open(ctx.needs_input_grad[:3])
         with torch.autocast(x.device.type, enabled=False):
             if streamed:
                 of = dict(zip(stats, grads, strict=True))
                 lse, entropy = kept
-                _stream_backward(source, token, size, lse, entropy, of.get(Logp()), of.get(Entropy()))
+                _stream_backward(source, token, chunk, lse, entropy, of.get(Logp()), of.get(Entropy()))
             else:
-                _whole_rows_backward(source, token, size, stats, grads)
+                _whole_rows_backward(source, token, chunk, stats, grads)
         return *source.close(), None, None, None, None
 
 
@@ -176,12 +188,14 @@ def _source(x: Tensor, weight: Tensor | None, bias: Tensor | None, temperature: 
     return Given(x, temperature) if weight is None else Head(x, weight, bias, temperature)
 
 
-def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stream(
+    source: Source, token: Tensor, chunk: int | None, *, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, log-sum-exp and entropy of every row (entropy stays 0 if not asked for)."""
     reference, total, moment = (
         torch.zeros(source.count, dtype=source.dtype, device=token.device) for _ in range(3)
     )
-    for rows, width in source.blocks(chunk):
+    for rows, width in source.blocks(tile_size(chunk, token.device)):
         reference[rows] = source.sampled(rows, token[rows])
         scratch = Scratch()
         for cols in spans(source.vocab, width):
@@ -189,7 +203,7 @@ def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tupl
             weight = scratch(torch.exp, above)
             total[rows] += weight.sum(-1)
             if entropy:
-                moment[rows] += row_dot(weight, above)
+                moment[rows] += weight.mul_(above).sum(-1)
     log_total = total.log()
     values = log_total.neg().clamp_(max=0), reference + log_total, (log_total - moment / total).clamp_(min=0)
     lost = (~(total.isfinite() & moment.isfinite())).nonzero().squeeze(-1)
@@ -201,11 +215,11 @@ def _stream(source: Source, token: Tensor, chunk: int, *, entropy: bool) -> tupl
 
 
 def _recover(
-    source: Source, token: Tensor, lost: Tensor, chunk: int, values: tuple[Tensor, Tensor, Tensor]
+    source: Source, token: Tensor, lost: Tensor, chunk: int | None, values: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Redo rows whose sampled token is too improbable to be the reference."""
     logp, lse, entropy = values
-    for span in spans(len(lost), max(1, chunk // source.vocab)):
+    for span in spans(len(lost), row_count(chunk, token.device, source.vocab)):
         where = lost[span]
         logits = source.tile(where, slice(0, source.vocab))
         rows = Rows(logits.log_softmax(-1), token[where])
@@ -228,22 +242,23 @@ class Scratch:
 def _stream_backward(
     source: Source,
     token: Tensor,
-    chunk: int,
+    chunk: int | None,
     lse: Tensor,
     entropy: Tensor,
     of_logp: Tensor | None,
     of_entropy: Tensor | None,
 ) -> None:
     scratch = Scratch()
-    for rows, width in source.blocks(chunk):
+    for rows, width in source.blocks(tile_size(chunk, token.device)):
         constant, slope = _coefficients(rows, entropy, of_logp, of_entropy)
         for cols in spans(source.vocab, width):
             logp = source.tile(rows, cols).sub_(lse[rows].unsqueeze(-1)).clamp_(min=FLOOR)
             p = scratch(torch.exp, logp)
             grad = p.mul_(constant) if slope is None else logp.mul_(slope).add_(constant).mul_(p)
-            source.add(rows, cols, grad)
-        if of_logp is not None:
-            source.add_sampled(rows, token[rows], of_logp[rows])
+            last = cols.stop == source.vocab
+            source.add(
+                rows, cols, grad, (token[rows], of_logp[rows]) if last and of_logp is not None else None
+            )
 
 
 def _coefficients(
@@ -257,13 +272,13 @@ def _coefficients(
     return torch.addcmul(constant, slope, entropy[rows]).unsqueeze(-1), slope.unsqueeze(-1)
 
 
-def _row_blocks(source: Source, token: Tensor, chunk: int) -> Any:
-    for rows in spans(source.count, max(1, chunk // source.vocab)):
+def _row_blocks(source: Source, token: Tensor, chunk: int | None) -> Any:
+    for rows in spans(source.count, row_count(chunk, token.device, source.vocab)):
         yield rows, Rows(source.tile(rows, slice(0, source.vocab)).log_softmax(-1), token[rows])
 
 
 def _whole_rows(
-    source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int
+    source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int | None
 ) -> tuple[Tensor, ...]:
     values = [torch.empty(source.count, dtype=source.dtype, device=token.device) for _ in stats]
     for rows, table in _row_blocks(source, token, chunk):
@@ -273,7 +288,11 @@ def _whole_rows(
 
 
 def _whole_rows_backward(
-    source: Source, token: Tensor, chunk: int, stats: tuple[Statistic, ...], grads: tuple[Tensor | None, ...]
+    source: Source,
+    token: Tensor,
+    chunk: int | None,
+    stats: tuple[Statistic, ...],
+    grads: tuple[Tensor | None, ...],
 ) -> None:
     wanted = [(stat, grad) for stat, grad in zip(stats, grads, strict=True) if grad is not None]
     for rows, table in _row_blocks(source, token, chunk):

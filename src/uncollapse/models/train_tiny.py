@@ -29,6 +29,8 @@ from uncollapse.tasks.task import GeneratedTask
 
 IGNORED = -100
 MODSUM, MAXIMUM, COUNTDOWN = modsum.modsum(), running_maximum.running_maximum(), countdown.countdown()
+SHARES = {"modsum": 0.3, "running-maximum": 0.4, "countdown": 0.3}
+"""Share of the batches that each task has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class Settings:
     """
 
     seed: int = 0
-    learn_steps: int = 1100
-    roughen_steps: int = 200
+    learn_steps: int = 500
+    roughen_steps: int = 120
     batch: int = 64
     learning_rate: float = 2e-3
     modsum_right: float = 0.6
@@ -80,23 +82,28 @@ def new_model(settings: Settings, vocabulary: int) -> Any:
     )
 
 
-def demonstrations(draw: random.Random, settings: Settings, *, rough: bool) -> tuple[list[str], list[str]]:
-    """Prompts and completions of one batch, all of one task."""
-    kind = draw.choices(["modsum", "running-maximum", "countdown"], [0.35, 0.4, 0.25])[0]
+def demonstrations(
+    draw: random.Random, settings: Settings, *, rough: bool
+) -> tuple[str, list[str], list[str]]:
+    """One batch: name of its task, prompts, completions. All rows are about as long, so little is padded."""
+    name = draw.choices(list(SHARES), list(SHARES.values()))[0]
+    length, checks = draw.randint(2, 7), draw.randint(0, 3)
+    maximum = running_maximum.running_maximum(min_digits=length, max_digits=length)
     prompts, completions = [], []
     for _ in range(settings.batch):
-        if kind == "modsum":
+        if name == "modsum":
             row = MODSUM.draw(draw)
             text = modsum.demonstration(draw, row, right=settings.modsum_right if rough else 1.0)
-        elif kind == "running-maximum":
-            row = MAXIMUM.draw(draw)
-            text = running_maximum.demonstration(draw, row, wrong=settings.maximum_wrong if rough else 0.0)
+        elif name == "running-maximum":
+            row = maximum.draw(draw)
+            wrong = settings.maximum_wrong if rough else 0.0
+            text = running_maximum.demonstration(draw, row, wrong=wrong, checks=checks)
         else:
             row = COUNTDOWN.draw(draw)
             text = countdown.demonstration(draw, row, right=settings.countdown_right if rough else 1.0)
         prompts.append(row["prompt"])
         completions.append(text)
-    return prompts, completions
+    return name, prompts, completions
 
 
 def encode(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[Tensor, Tensor]:
@@ -106,7 +113,10 @@ def encode(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
     targets = torch.tensor(
-        [[IGNORED] * len(p) + row[len(p) :] + [IGNORED] * (longest - len(row)) for p, row in zip(ids, rows, strict=True)]
+        [
+            [IGNORED] * len(p) + row[len(p) :] + [IGNORED] * (longest - len(row))
+            for p, row in zip(ids, rows, strict=True)
+        ]
     )
     return tokens, targets
 
@@ -118,20 +128,24 @@ def train(settings: Settings, log: TextIO) -> tuple[Any, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     steps = settings.learn_steps + settings.roughen_steps
     draw, started = random.Random(settings.seed), time.monotonic()
+    losses: dict[str, list[float]] = {task: [] for task in SHARES}
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(settings, step, steps)
-        batch = demonstrations(draw, settings, rough=step >= settings.learn_steps)
-        tokens, targets = encode(tokenizer, *batch)
+        name, *texts = demonstrations(draw, settings, rough=step >= settings.learn_steps)
+        tokens, targets = encode(tokenizer, *texts)
         logits = model(input_ids=tokens).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        losses[name].append(loss.detach().item())
         if (step + 1) % 50 == 0:
-            line = {"step": step + 1, "task": batch[0][0], "loss": round(loss.detach().item(), 4)}
-            print(json.dumps({**line, "seconds": round(time.monotonic() - started, 1)}), file=log, flush=True)
+            line = {task: round(sum(values) / len(values), 4) for task, values in losses.items() if values}
+            line = {"step": step + 1, "seconds": round(time.monotonic() - started, 1), **line}
+            print(json.dumps(line), file=log, flush=True)
+            losses = {task: [] for task in SHARES}
     return model.eval(), tokenizer
 
 
@@ -142,7 +156,9 @@ def _learning_rate(settings: Settings, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def measure(model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 64, group: int = 16) -> dict[str, float]:
+def measure(
+    model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 64, group: int = 16
+) -> dict[str, float]:
     """What sampling at temperature 1 gives on fresh rows of a task.
 
     Returns:
@@ -186,7 +202,9 @@ def measure(model: Any, tokenizer: Any, task: GeneratedTask, *, prompts: int = 6
 def main() -> None:
     """Train, measure and save."""
     parser = argparse.ArgumentParser(description="Train the packaged model 'tiny' from scratch.")
-    parser.add_argument("--output", type=Path, required=True, help="directory for weights, config and tokenizer")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="directory for weights, config and tokenizer"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learn-steps", type=int, default=Settings.learn_steps)
     parser.add_argument("--roughen-steps", type=int, default=Settings.roughen_steps)

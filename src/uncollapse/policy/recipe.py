@@ -113,8 +113,8 @@ class Recipe:
         for slot in TRANSFORM_SLOTS:
             for index, transform in enumerate(getattr(self, slot)):
                 yield f"{slot}.{index}", transform
-        for slot in self._slots():
-            yield slot.key, slot.term
+        for place in self._slots():
+            yield place.key, place.term
         if self.replay is not None:
             yield "replay", self.replay
 

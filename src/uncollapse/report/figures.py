@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from uncollapse.measure.entropy_law import LawComparison
 from uncollapse.report.palette import DASHES, LIGHT, SERIES, TIME
-from uncollapse.report.series import Curve, Estimate
+from uncollapse.report.series import Curve, Estimate, Vector
 from uncollapse.report.words import number
 
 TITLE = "panel-title"
@@ -99,42 +98,23 @@ def law(found: LawComparison, ax: Axes | None = None, *, title: str = "Reward", 
     """Reward against entropy, both fitted laws, the confidence band of the exponential one and its ceiling at H = 0."""
     ax = _dress(ax, title, "mean of a step", "entropy (nats per token)", whole=False)
     curve = found.exponential
-    grid = np.linspace(0.0, float(curve.entropy.max()) * 1.03, 160)
-    low, high = curve.interval(grid, level)
     spread = float(np.ptp(curve.reward)) or 1.0
-    bottom, top = (
-        float(curve.reward.min()) - 0.15 * spread,
-        max(float(curve.reward.max()), curve.ceiling) + 0.2 * spread,
-    )
-    ax.fill_between(
-        grid,
-        np.clip(low, bottom, top),
-        np.clip(high, bottom, top),
-        color=LIGHT["s1"],
-        alpha=0.14,
-        linewidth=0,
-    )
-    ax.plot(
-        grid,
-        found.straight_line.predict(grid),
-        color=LIGHT["s8"],
-        linestyle=DASHES[1],
-        linewidth=1.6,
-        label="straight line",
-    )
-    ax.plot(
-        grid,
-        curve.predict(grid),
-        color=LIGHT["s1"],
-        linewidth=2.2,
-        label="R = b \u2212 a\u00b7exp(H)",
-        zorder=3,
-    )
+    bottom = float(curve.reward.min()) - 0.15 * spread
+    top = max(float(curve.reward.max()), curve.ceiling) + 0.2 * spread
+    grid = np.linspace(0.0, float(curve.entropy.max()) * 1.03, 160)
+    low, high = (np.clip(edge, bottom, top) for edge in curve.interval(grid, level))
+    ax.fill_between(grid, low, high, color=LIGHT["s1"], alpha=0.14, linewidth=0)
+    ax.plot(grid, found.straight_line.predict(grid), color=LIGHT["s8"], linestyle=DASHES[1], linewidth=1.6,
+            label="straight line")  # fmt: skip
+    ax.plot(grid, curve.predict(grid), color=LIGHT["s1"], linewidth=2.2, zorder=3,
+            label="R = b \u2212 a\u00b7exp(H)")  # fmt: skip
     for stage, part in enumerate(np.array_split(np.arange(curve.entropy.size), len(TIME))):
-        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=6.5, markeredgewidth=0,
-                gid="readout-xy", label=f"_{_stage(stage)}", zorder=4)  # fmt: skip
-    ax.plot([0], [curve.ceiling], "D", color=LIGHT["s2"], markersize=8, zorder=5, clip_on=False)
-    ax.annotate(f"ceiling {curve.ceiling:.2f}", (0, curve.ceiling), xytext=(8, -18), textcoords="offset points",
+        ax.plot(curve.entropy[part], curve.reward[part], "o", color=TIME[stage], markersize=7.5, zorder=4,
+                markeredgecolor=LIGHT["page"], markeredgewidth=1, gid="readout-xy",
+                label=f"_stage {stage + 1} of {len(TIME)}")  # fmt: skip
+    ax.plot([0], [curve.ceiling], "D", color=LIGHT["s2"], markersize=9, markeredgecolor=LIGHT["page"], zorder=5,
+            clip_on=False)  # fmt: skip
+    ax.annotate(f"ceiling {curve.ceiling:.2f}", (0, curve.ceiling), xytext=(6, -32), textcoords="offset points",
                 fontsize=SIZE, fontweight="bold", color=LIGHT["s2"])  # fmt: skip
     ax.set_xlim(0, float(grid[-1]))
     ax.set_ylim(bottom, top)
@@ -143,7 +123,7 @@ def law(found: LawComparison, ax: Axes | None = None, *, title: str = "Reward", 
 
 
 def plane(
-    paths: Sequence[tuple[str, Float[np.ndarray, " sample"], Float[np.ndarray, " sample"]]],
+    paths: Sequence[tuple[str, Vector, Vector]],
     ax: Axes | None = None,
     *,
     colours: Sequence[str] = SERIES,
@@ -153,11 +133,12 @@ def plane(
     `paths`: (name, entropies in nats, rewards), in the order of time.
     """
     ax = _dress(ax, "Reward", "", "entropy (nats per token)", whole=False)
+    width, height = (float(np.ptp(np.concatenate([path[i] for path in paths]))) or 1.0 for i in (1, 2))
     for index, (name, entropy, reward) in enumerate(paths):
         colour = colours[index % len(colours)]
         h, r = _smooth(entropy), _smooth(reward)
         ax.plot(entropy, reward, "o", color=colour, alpha=0.16, markersize=4, markeredgewidth=0, zorder=2)
-        back = _before_end(h, r)
+        back = _before_end((h - h[-1]) / width, (r - r[-1]) / height)
         ax.plot(
             h[: back + 1], r[: back + 1], color=colour, linewidth=2.2, label=name, gid="readout-xy", zorder=3
         )
@@ -195,9 +176,7 @@ def bars(
     return ax
 
 
-def position_profile(
-    stages: Sequence[tuple[str, Float[np.ndarray, " sample"]]], ax: Axes | None = None
-) -> Axes:
+def position_profile(stages: Sequence[tuple[str, Vector]], ax: Axes | None = None) -> Axes:
     """Entropy by position in the answer at several stages of training, from early (pale) to late (dark).
 
     `stages`: (name, entropy in nats at positions 0, 1, ...).
@@ -253,7 +232,9 @@ def _limits(ax: Axes, lines: Sequence[Curve], *, from_zero: bool, share: bool) -
         low, high = min(low, 0.0), max(high, 0.0)
     if share and high <= 1:
         low = max(low, 0.0)
-    room = (high - low or abs(high) or 1.0) * 0.08
+    if low == high == 0:
+        high = 1.0  # a line of zeros on a scale that people know, not on one of a few hundredths
+    room = (high - low or abs(high)) * 0.08
     ax.set_ylim(low if from_zero and low == 0 else low - room, high + room)
     steps = np.concatenate([line.steps for line in lines])
     left, right = float(steps.min()), float(steps.max())
@@ -262,12 +243,13 @@ def _limits(ax: Axes, lines: Sequence[Curve], *, from_zero: bool, share: bool) -
 
 def _narrow(ax: Axes) -> bool:
     figure = ax.get_figure(root=True)
-    return figure is not None and figure.get_figwidth() < 6
+    return figure is not None and float(figure.get_figwidth()) < 6
 
 
 def _small(ax: Axes) -> bool:
     spec, figure = ax.get_subplotspec(), ax.get_figure(root=True)
-    return spec is not None and figure is not None and figure.get_figwidth() / spec.get_gridspec().ncols < 4
+    columns = spec.get_gridspec().ncols if spec is not None else 1
+    return figure is not None and float(figure.get_figwidth()) / columns < 4
 
 
 def _name_lines(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -310,11 +292,7 @@ def _legend(ax: Axes) -> None:
         legend.set_zorder(6)
 
 
-def _stage(index: int) -> str:
-    return f"stage {index + 1} of {len(TIME)}"
-
-
-def _smooth(values: Float[np.ndarray, " sample"]) -> Float[np.ndarray, " sample"]:
+def _smooth(values: Vector) -> Vector:
     """Centred running mean over a tenth of the points, shrinking at the ends so that they stay where they are."""
     half = values.size // 20
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -323,8 +301,7 @@ def _smooth(values: Float[np.ndarray, " sample"]) -> Float[np.ndarray, " sample"
     return np.asarray((total[index + reach + 1] - total[index - reach]) / (2 * reach + 1))
 
 
-def _before_end(h: Float[np.ndarray, " sample"], r: Float[np.ndarray, " sample"]) -> int:
-    """Index from which the arrow head points to the end: an eighth of the way's extent before it."""
-    width, height = float(np.ptp(h)) or 1.0, float(np.ptp(r)) or 1.0
-    away = np.hypot((h - h[-1]) / width, (r - r[-1]) / height) > 1 / 8
+def _before_end(across: Vector, up: Vector) -> int:
+    """Index from which the arrow head points to the end: the last one a sixteenth of the figure away from it."""
+    away = np.hypot(across, up) > 1 / 16
     return int(np.flatnonzero(away)[-1]) if away.any() else 0

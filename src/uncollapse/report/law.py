@@ -56,7 +56,12 @@ def fit(log: Log) -> LawComparison:
     steps, reward = log.values(reward_metric(log))
     common, mine, theirs = np.intersect1d(entropy_steps, steps, return_indices=True)
     if not common.size:
-        raise DataError("no step has both entropy and reward")
+        missing = [name for name, found in (("entropy", entropy_steps), ("reward", steps)) if not found.size]
+        raise DataError(
+            f"{' and '.join(missing)} not logged" if missing else "no step has both entropy and reward"
+        )
+    if common.size > 1 and np.ptp(reward[theirs]) == 0:
+        raise DataError(f"reward stayed at {level(float(reward[theirs][0]))} throughout")
     return compare_laws(entropy[mine], reward[theirs])
 
 
@@ -84,6 +89,8 @@ def _lead(found: LawComparison) -> str:
         f"If R = b \u2212 a\u00b7exp(H) holds, reward cannot pass {level(law.ceiling)} (95\u202f% interval {level(low)} to {level(high)}) "
         f"however long this run trains, because by then the entropy is spent. It stands at {level(reached)}."
     )
+    if reached > law.ceiling:
+        return meaning + " That is above the ceiling already: the law does not hold here to that accuracy."
     if law.ceiling > 1:
         return meaning + " A ceiling above 1 binds no reward that is a success rate."
     return meaning
@@ -91,7 +98,7 @@ def _lead(found: LawComparison) -> str:
 
 def _verdict(found: LawComparison) -> str:
     delta = abs(found.delta_aic)
-    counted = f"{number(found.effective_n, 2)} effective points (neighbouring steps repeat each other)"
+    counted = f"{found.effective_n:.0f} effective points (neighbouring steps repeat each other)"
     if found.verdict is LawVerdict.indistinguishable:
         return (
             f"The two laws cannot be told apart here: AIC differs by {number(delta)} on paper, too little once counted on {counted}. "
@@ -179,4 +186,4 @@ def _caption(arms: Sequence[Arm]) -> str:
     who = (
         "" if len(arms) == 1 and len(arms[0].logs) == 1 else f" {arms[0].name}, seed {arms[0].logs[0].seed}."
     )
-    return f"One dot per step, from early (pale) to late (dark). Band: 95\u202f% interval of the exponential law.{who}"
+    return f"One dot per step, from early (faint) to late (strong). Band: 95\u202f% interval of the exponential law.{who}"

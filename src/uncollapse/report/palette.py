@@ -7,6 +7,7 @@ follows the reader's preference for light or dark. Light colours are therefore u
 from __future__ import annotations
 
 LIGHT: dict[str, str] = {
+    "page": "#fdfdfc",
     "ink": "#1c2026",
     "muted": "#5d6673",
     "faint": "#dfe2e6",
@@ -24,9 +25,10 @@ LIGHT: dict[str, str] = {
     "t4": "#3f6bab",
     "t5": "#1d3f75",
 }
-"""Role to colour on a light page: text, grid, series `s1`-`s8`, time from early `t1` to late `t5`."""
+"""Role to colour on a light page: background, text, grid, series `s1`-`s8`, time from early `t1` to late `t5`."""
 
 DARK: dict[str, str] = {
+    "page": "#15171b",
     "ink": "#ecebe7",
     "muted": "#a3abb6",
     "faint": "#343941",

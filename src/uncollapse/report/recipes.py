@@ -29,8 +29,8 @@ def section(arms: Sequence[Arm]) -> Section:
             for name, h, r in paths
         )
         blocks.append(figure("plane", lambda axes: figures.plane(paths, axes[0], colours=chosen), height=360, alt=alt + ".",
-                             caption="From dot to arrow: the way of each recipe, mean over seeds. "
-                                     "Up is better; up without going left is what a remedy is for."))  # fmt: skip
+                             caption="From dot to arrow: the way of each recipe"
+                                     f"{', mean over seeds' if any(len(arm.logs) > 1 for arm in arms) else ''}. Up is better; up without going left is what a remedy is for."))  # fmt: skip
     costs = [(arm.name, cost) for arm in arms if (cost := arm.mean("time/step"))]
     if costs:
         colours = [arm.colour or SERIES[0] for arm in arms if arm.mean("time/step")]

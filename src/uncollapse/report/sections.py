@@ -34,9 +34,9 @@ ENTROPY, REWARD, VALIDATION = "entropy/token/mean", "reward/mean", "eval/reward"
 def course(arms: Sequence[Arm]) -> Section:
     """Entropy and reward on one time axis."""
     section = Section("entropy", "Entropy", "Entropy and reward")
-    entropy = _each(
-        arms, ENTROPY, low="entropy/token/p10", high="entropy/token/p90", band="10th to 90th percentile"
-    )
+    # Quantile bands of several recipes would lie on each other and pass for uncertainty.
+    quantiles = {"low": "entropy/token/p10", "high": "entropy/token/p90", "band": "10th to 90th percentile"}
+    entropy = _each(arms, ENTROPY, **(quantiles if len(arms) == 1 else {}))
     reward, validation = _each(arms, REWARD), _each(arms, VALIDATION)
     if not entropy and not reward:
         return _missing(section, ENTROPY, REWARD)
@@ -116,13 +116,14 @@ def covariance(arms: Sequence[Arm]) -> Section:
     if not profiles and not mean:
         return _missing(section, "covariance/top/*", "covariance/token/mean")
     blocks: list[Block] = []
-    if profiles:
+    if profiles and any(value for _, value in profiles[0][1]):
         arm, profile = profiles[0]
         who = "" if len(arms) == 1 else f" ({arm.name})"
         words = ", ".join(f"{_top(f)} {number(v)}" for f, v in profile)
         blocks.append(figure("profile", lambda axes: figures.covariance_profile(profile, axes[0]), height=38 * len(profile) + 60,
                              alt=f"Mean covariance of the top tokens{who}: {words}.",
                              caption=f"Mean over all logged steps{who}."))  # fmt: skip
+    if profiles:
         blocks.append(_profile_table(profiles))
     if mean:
         blocks.append(figure("covariance", lambda axes: figures.curves(
@@ -179,8 +180,8 @@ def health(arms: Sequence[Arm]) -> Section:
 
     def draw(axes: Sequence[Axes]) -> None:
         for ax, (key, lines) in zip(axes, panels, strict=True):
-            share = key.endswith(("/frac", "/truncated", "/zero_variance_groups"))
             title, unit = title_and_unit(key)
+            share = unit.startswith("share") or key.endswith("/frac")
             figures.curves(
                 lines, ax, title=title, unit="" if share else unit, share=share, label=False, xlabel=""
             )
@@ -210,8 +211,12 @@ def setup(arms: Sequence[Arm], extra: Sequence[tuple[str, str]] = ()) -> Section
         for log in arm.logs:
             for name, lines in log.broken.items():
                 listed = ", ".join(map(str, lines[:8])) + (" \u2026" if len(lines) > 8 else "")
-                blocks.append(TextBlock(f"{arm.name}, seed {log.seed}: {len(lines)} lines of {name} could not be read "
-                                        f"and are left out ({listed})."))  # fmt: skip
+                what = (
+                    f"1 line of {name} could not be read and is"
+                    if len(lines) == 1
+                    else f"{len(lines)} lines of {name} could not be read and are"
+                )
+                blocks.append(TextBlock(f"{arm.name}, seed {log.seed}: {what} left out ({listed})."))
     folds = list(extra) + [
         (f"Configuration of {arm.name}" + (f", seed {log.seed}" if log.seed is not None else ""),
          yaml.safe_dump(log.config, sort_keys=False, allow_unicode=True))
@@ -338,7 +343,7 @@ def tiles(arm: Arm) -> list[Tile]:
         (VALIDATION, "Validation reward", ""),
     ]
     wanted += [(key, key.removeprefix("eval/").capitalize(), "") for key in keys]
-    wanted.append(("eval/distinct", "Distinct correct answers", ""))
+    wanted.append(("eval/distinct", "Distinct answers", ""))
     found = []
     for key, label, unit in wanted:
         first, last = arm.first(key), arm.last(key)

@@ -15,7 +15,9 @@ from scipy.special import stdtrit
 from uncollapse.report.palette import series_colour
 from uncollapse.runs import BrokenLines, Comparison, Run
 
-Vector = Float[np.ndarray, " sample"]
+_LARGEST = 1e150
+
+Vector = Float[np.ndarray, " _"]
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,8 @@ def recipe_name(config: dict[str, Any]) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether a logged value can be plotted: a finite number and not a flag."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a logged value can be plotted and averaged: a finite number, no flag, and its square no overflow."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def half_width(table: Float[np.ndarray, "row sample"]) -> Vector:

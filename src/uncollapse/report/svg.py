@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from uncollapse.report.figures import TITLE
@@ -29,7 +30,7 @@ _ID = re.compile(r'\b(id="|href="#|url\(#)')
 
 
 def canvas(
-    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+    width: int, height: int, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure of `width` x `height` CSS pixels, and its axes row by row."""
     with matplotlib.rc_context(_RC):
@@ -43,14 +44,19 @@ def inline(figure: Figure, name: str, alt: str) -> Markup:
     """`<svg>` markup of the figure; `name` makes its ids unique in the page, `alt` is its text alternative."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_RC):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        # The layout once and the canvas directly: `savefig` would lay out and draw everything twice more.
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine("none")
         _align_titles(figure)
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        readout = _readout(figure, figure.get_figwidth() * 72, figure.get_figheight() * 72)
+        for artist in figure.findobj(lambda artist: artist.get_gid() is not None):
+            artist.set_gid(None)  # it would become an id, and ids are unique
+        figure.set_dpi(72)
+        figure.patch.set_visible(False)
+        FigureCanvasSVG(figure).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -65,7 +71,7 @@ def inline(figure: Figure, name: str, alt: str) -> Markup:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
         f'aria-label="{escape(alt)}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'data-readout="{escape(json.dumps(_readout(figure, width, height), separators=(",", ":")))}">'
+        f'data-readout="{escape(json.dumps(readout, separators=(",", ":")))}">'
     )
     return Markup(head + text[text.index(">") + 1 :].strip())
 
@@ -81,7 +87,7 @@ def _align_titles(figure: Figure) -> None:
             text.set_x(-box.x0 / box.width)  # type: ignore[attr-defined]
 
 
-def _readout(figure: Figure, width: float, height: float) -> list[dict[str, Any]]:
+def _readout(figure: Figure, width: float | np.floating, height: float | np.floating) -> list[dict[str, Any]]:
     """Where the axes lie in the figure and what their lines are made of, for the tooltip."""
     panels = []
     for ax in figure.axes:

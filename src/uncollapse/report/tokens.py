@@ -47,6 +47,11 @@ class TokenView:
     scale: float
     sentence: str
 
+    @property
+    def short(self) -> bool:
+        """Whether prompts and answers are short enough to stand two in a row."""
+        return all(len(p.prompt) <= 40 and sum(len(t.text) for t in p.tokens) <= 40 for p in self.probes)
+
 
 def full_scale(*runs: Sequence[dict[str, Any]]) -> float:
     """Entropy change (nats) at the strongest colour, the same for all `runs`: the 90th percentile, rounded up."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 from uncollapse.report.series import Arm, Estimate, pass_keys
 
+Number: TypeAlias = float | int
+
 THIN = "\u202f"
+_SUPERSCRIPT = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 MINUS = "\u2212"
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: Number, digits: int = 3) -> str:
     """A number for people: `digits` significant digits, no exponent between 0.0001 and a million."""
     if not math.isfinite(value):
         return "not finite"
@@ -21,16 +27,16 @@ def number(value: float, digits: int = 3) -> str:
         text = f"{value:.{max(0, digits - 1 - size)}f}"
     else:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        text = f"{mantissa}\u00b710^{int(exponent)}"
+        text = f"{mantissa}\u00b710{str(int(exponent)).translate(_SUPERSCRIPT)}"
     return text.replace("-", MINUS)
 
 
-def level(value: float) -> str:
+def level(value: Number) -> str:
     """A reward, rate or entropy: two decimals, or more if it is small."""
     return number(value, 2) if 0 < abs(value) < 0.095 else f"{value:.2f}".replace("-", MINUS)
 
 
-def percent(share: float) -> str:
+def percent(share: Number) -> str:
     """A share as a whole percentage, with one digit more below one percent."""
     value = 100 * share
     text = f"{value:.2g}" if 0 < abs(value) < 0.95 else f"{value:.0f}"
@@ -53,7 +59,7 @@ def _like(half: float, middle: str) -> str:
     return f"{half:.{decimals}f}" if half == 0 or half >= least / 2 else f"<{THIN}{least:.{decimals}f}"
 
 
-def seconds(value: float) -> str:
+def seconds(value: Number) -> str:
     """A duration with a fitting unit."""
     if value < 1:
         return f"{number(1000 * value)}{THIN}ms"
@@ -61,7 +67,7 @@ def seconds(value: float) -> str:
 
 
 def moved(
-    before: float, after: float, *, rose: str = "rose", fell: str = "fell", still: str = "stayed at"
+    before: Number, after: Number, *, rose: str = "rose", fell: str = "fell", still: str = "stayed at"
 ) -> str:
     """`fell from 2.10 to 0.31`, or `stayed at 0.97` if the two read the same."""
     if level(before) == level(after):
@@ -69,7 +75,7 @@ def moved(
     return f"{rose if after > before else fell} from {level(before)} to {level(after)}"
 
 
-def lost(before: float, after: float) -> float | None:
+def lost(before: Number, after: Number) -> float | None:
     """Share of an entropy that is gone (negative: gained), or None where a share means nothing."""
     return 1 - after / before if before > 0 else None
 
@@ -116,6 +122,9 @@ def run_lead(arm: Arm) -> list[str]:
         ends = _ends(arm, key)
         if ends:
             sentences.append(f"{key.removeprefix('eval/').capitalize()} {moved(*ends)}{_variety(arm)}.")
+    dead = arm.mean("reward/zero_variance_groups")
+    if dead and dead.mean > 0.999:
+        sentences.append("No step could teach anything: all answers to a prompt always got the same reward.")
     return sentences or ["Once the first step is written, this page fills."]
 
 

@@ -12,7 +12,7 @@ A reward gives 1.0 for right, 0.0 for wrong and None where nothing can be said.
 from uncollapse.tasks.answers import completion_text, final_answer, same_answer
 from uncollapse.tasks.datasets import DatasetTask, exact_reward, from_dataset
 from uncollapse.tasks.gym import GymTask
-from uncollapse.tasks.registry import register_task, task, task_names
+from uncollapse.tasks.registry import register_task, task, task_names, tasks
 from uncollapse.tasks.task import GeneratedTask, Row, Task, conversational
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "same_answer",
     "task",
     "task_names",
+    "tasks",
 ]

@@ -39,7 +39,9 @@ def countdown(*, min_numbers: int = 2, max_numbers: int = 3, max_value: int = 9)
 
     def draw(random_: random.Random) -> Row:
         while True:
-            numbers = [random_.randint(1, max_value) for _ in range(random_.randint(min_numbers, max_numbers))]
+            numbers = [
+                random_.randint(1, max_value) for _ in range(random_.randint(min_numbers, max_numbers))
+            ]
             expression = _random_expression(random_, random_.sample(numbers, len(numbers)))
             target = _value(expression)
             if target is not None and target.denominator == 1 and 0 <= target <= MAX_TARGET:

@@ -12,11 +12,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from uncollapse.errors import ConfigError, DataError, MissingExtra
 from uncollapse.tasks.answers import final_answer, same_answer
-from uncollapse.tasks.task import Row, Style, check_size, check_style, conversational, judged
+from uncollapse.tasks.task import Row, check_size, check_style, conversational, judged
 
 RewardFunction = Callable[..., list[float | None]]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -31,8 +31,8 @@ def is_data_source(name: str) -> bool:
 def from_dataset(
     source: str | Path,
     *,
-    reward: RewardFunction | Literal["exact", "math-verify"] = "exact",
-    map: Mapping[str, str] | None = None,  # noqa: A002
+    reward: RewardFunction | str = "exact",
+    map: Mapping[str, str] | None = None,
     hub_split: str = "train",
     config: str | None = None,
 ) -> DatasetTask:
@@ -58,7 +58,9 @@ def from_dataset(
     else:
         records = _read_hub(str(source), hub_split, config)
     if not records:
-        raise DataError(f"{source}: no rows; write one JSON object or record a row, with 'prompt' and 'answer'")
+        raise DataError(
+            f"{source}: no rows; write one JSON object or record a row, with 'prompt' and 'answer'"
+        )
     rows = [_row(record, str(source), i, map or {}) for i, record in enumerate(records)]
     return DatasetTask(name=str(source), data=tuple(rows), judge_batch=_reward(reward))
 
@@ -82,7 +84,7 @@ class DatasetTask:
         """Size and source."""
         return f"{len(self.data)} rows of {self.name}"
 
-    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
+    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: str = "plain") -> list[Row]:
         """`size` rows in an order shuffled by the seed; fewer if the split has fewer.
 
         Every tenth row is held out for any split but "train"; below ten rows both have all of them.
@@ -98,7 +100,9 @@ class DatasetTask:
         chosen = [dict(row) for row in rows[:size]]
         return conversational(chosen) if check_style(style) == "chat" else chosen
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """Scores from the data set's reward function; not-a-number counts as unscorable.
 
         Raises:
@@ -106,14 +110,19 @@ class DatasetTask:
         """
         scores = self.judge_batch(prompts=prompts, completions=completions, **columns)
         if not isinstance(scores, Sequence) or len(scores) != len(completions):
-            raise DataError(f"{self.name}: the reward returned {scores!r:.80}; expected a list of {len(completions)} numbers")
+            raise DataError(
+                f"{self.name}: the reward returned {scores!r:.80}; expected a list of {len(completions)} numbers"
+            )
         return [None if s is None or s != s else float(s) for s in scores]
 
 
 def exact_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """1.0 where the answer in a completion equals the column `answer` (`same_answer`), else 0.0."""
     return judged(
-        "exact", lambda text, row: float(same_answer(final_answer(text), str(row["answer"]))), completions, columns,
+        "exact",
+        lambda text, row: float(same_answer(final_answer(text), str(row["answer"]))),
+        completions,
+        columns,
         needed=("answer",),
     )
 
@@ -127,14 +136,18 @@ def _reward(reward: RewardFunction | str) -> RewardFunction:
         from uncollapse.tasks.latex import math_verify_reward
 
         return math_verify_reward()
-    raise ConfigError(f"reward is {reward!r}; expected a function in TRL's signature, 'exact' or 'math-verify'")
+    raise ConfigError(
+        f"reward is {reward!r}; expected a function in TRL's signature, 'exact' or 'math-verify'"
+    )
 
 
 def _row(record: Mapping[str, Any], source: str, index: int, names: Mapping[str, str]) -> Row:
     where = f"{source}: row {index + 1}"
     unknown = [name for name in names if name not in record]
     if unknown:
-        raise DataError(f"{where} has no column {unknown[0]!r} to map; columns: {', '.join(map(str, record))}")
+        raise DataError(
+            f"{where} has no column {unknown[0]!r} to map; columns: {', '.join(map(str, record))}"
+        )
     row = {names.get(column, column): value for column, value in record.items()}
     verl = row.get("reward_model")
     if "answer" not in row and isinstance(verl, Mapping) and "ground_truth" in verl:
@@ -142,7 +155,9 @@ def _row(record: Mapping[str, Any], source: str, index: int, names: Mapping[str,
     for column in ("prompt", "answer"):
         if column not in row:
             hint = f"--map COLUMN={column}"
-            raise DataError(f"{where} has no {column!r}; columns: {', '.join(map(str, row))}; name the one to use with {hint}")
+            raise DataError(
+                f"{where} has no {column!r}; columns: {', '.join(map(str, row))}; name the one to use with {hint}"
+            )
     if row["answer"] is None or isinstance(row["answer"], (list, dict)):
         raise DataError(f"{where}: 'answer' is {row['answer']!r:.60}; expected text or a number")
     row["answer"] = str(row["answer"])
@@ -155,7 +170,9 @@ def _prompt(prompt: Any, where: str) -> str | list[dict[str, Any]]:
         return prompt
     messages = list(prompt) if isinstance(prompt, Sequence) or hasattr(prompt, "tolist") else []
     if not messages or not all(isinstance(m, Mapping) and "role" in m and "content" in m for m in messages):
-        raise DataError(f"{where}: 'prompt' is {prompt!r:.60}; expected text or a list of messages with role and content")
+        raise DataError(
+            f"{where}: 'prompt' is {prompt!r:.60}; expected text or a list of messages with role and content"
+        )
     return [dict(message) for message in messages]
 
 
@@ -186,7 +203,9 @@ def _record(text: str, where: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({str(error)[:80]}); write one JSON object a line") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: {type(record).__name__}, expected a JSON object with 'prompt' and 'answer'")
+        raise DataError(
+            f"{where}: {type(record).__name__}, expected a JSON object with 'prompt' and 'answer'"
+        )
     return record
 
 

@@ -22,11 +22,30 @@ MAX_LITERAL = 2_000
 MAX_NESTING = 20
 MAX_FORMULA = 500
 FUNCTIONS = frozenset(
-    "Abs acos acosh asin asinh atan atanh cos cosh cot csc exp ln log sec sin sinh sqrt tan tanh".split()
+    {
+        "Abs",
+        "acos",
+        "acosh",
+        "asin",
+        "asinh",
+        "atan",
+        "atanh",
+        "cos",
+        "cosh",
+        "cot",
+        "csc",
+        "exp",
+        "ln",
+        "log",
+        "sec",
+    }
+    | {"sin", "sinh", "sqrt", "tan", "tanh"}
 )
 CONSTANTS = frozenset(("pi", "E"))
 
-_TOKEN = re.compile(r"\s*(?:(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)|(?P<name>[A-Za-z]{1,5})|(?P<mark>\*\*|[-+*/()]))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)|(?P<name>[A-Za-z]{1,5})|(?P<mark>\*\*|[-+*/()]))"
+)
 
 
 def solution_or_literal(answer: str, entry: dict[str, Any]) -> str | None:
@@ -35,7 +54,11 @@ def solution_or_literal(answer: str, entry: dict[str, Any]) -> str | None:
     for candidate in (answer, answer.strip()):
         if candidate in solutions:
             return candidate
-    if len(answer) > MAX_LITERAL or sum(map(answer.count, "([{")) > MAX_LITERAL // 4 or _nesting(answer) > MAX_NESTING:
+    if (
+        len(answer) > MAX_LITERAL
+        or sum(map(answer.count, "([{")) > MAX_LITERAL // 4
+        or _nesting(answer) > MAX_NESTING
+    ):
         return None
     try:
         return repr(ast.literal_eval(answer.strip()))
@@ -78,9 +101,9 @@ def _is_inert(found: list[tuple[str, str]]) -> bool:
         if kind == "name":
             if not (text in FUNCTIONS if following == "(" else len(text) == 1 or text in CONSTANTS):
                 return False
-        elif following == "(" and kind == "number":
+        elif kind == "number" and (following[:1] == "(" or following[:1].isdigit()):
             return False
-        elif text == ")" and following == "(":
+        if text == ")" and following == "(":
             return False
         if text == "**":
             powers += 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from uncollapse.errors import ConfigError, MissingExtra, UnknownName
 from uncollapse.tasks.answers import MAX_ANSWER, final_answer
 from uncollapse.tasks.guards import GUARDS
 from uncollapse.tasks.sandbox import Failed, Sandbox, TimedOut
-from uncollapse.tasks.task import Row, Style, check_size, check_style, conversational, judged
+from uncollapse.tasks.task import Row, check_size, check_style, conversational, judged
 
 PREFIX = "reasoning-gym:"
 COLUMNS = ("gym_seed", "gym_size", "gym_index")
@@ -41,7 +42,7 @@ def gym_names() -> list[str]:
         return []
 
 
-def gym_task(dataset: str, *, time_limit: float = 5.0, **config: Any) -> GymTask:
+def gym_task(dataset: str, *, time_limit: float | int = 5.0, **config: Any) -> GymTask:
     """A reasoning-gym data set as a task.
 
     Args:
@@ -78,9 +79,8 @@ class GymTask:
 
     dataset: str
     config: dict[str, Any]
-    time_limit: float
+    time_limit: float | int
     unscorable: Counter[str] = field(default_factory=Counter, compare=False)
-    _sandbox: Sandbox = field(default_factory=lambda: Sandbox(__name__, "score"), compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -92,7 +92,7 @@ class GymTask:
         """Where the task comes from."""
         return f"reasoning-gym's {self.dataset.replace('_', ' ')}"
 
-    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
+    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: str = "plain") -> list[Row]:
         """`size` rows from the generator, seeded by a hash of (split, seed).
 
         The generators add the index to their seed, so neighbouring seeds would share rows; hashed seeds are apart.
@@ -118,7 +118,9 @@ class GymTask:
         ]
         return conversational(rows, question=_question) if style == "chat" else rows
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """reasoning-gym's own score of each answer, None where it hangs or raises.
 
         Raises:
@@ -126,28 +128,38 @@ class GymTask:
         """
         return judged(self.name, self._judge, completions, columns, needed=COLUMNS)
 
-    def close(self) -> None:
-        """End the process that judges; it starts again when needed."""
-        self._sandbox.close()
-
     def _judge(self, text: str, row: Row) -> float | None:
         answer = final_answer(text)
         entry = {"dataset": self.dataset, "config": self.config, **{c: int(row[c]) for c in COLUMNS}}
+        sandbox = _judging_process(os.getpid())
         try:
-            self._sandbox.ask(entry, seconds=PREPARE_SECONDS)
+            sandbox.ask(entry, seconds=PREPARE_SECONDS)
             given = answer if len(answer) <= MAX_ANSWER else ""
-            return float(self._sandbox.ask({**entry, "answer": given}, seconds=self.time_limit))
+            return float(sandbox.ask({**entry, "answer": given}, seconds=self.time_limit))
         except (TimedOut, Failed) as error:
             reason = "timed out" if isinstance(error, TimedOut) else str(error).partition(":")[0]
             self.unscorable[reason] += 1
             if self.unscorable[reason] == 1:
-                _log.warning("%s: an answer could not be scored (%s); counted as unscorable", self.name, error)
+                _log.warning(
+                    "%s: an answer could not be scored (%s); counted as unscorable", self.name, error
+                )
             return None
+
+
+@lru_cache(maxsize=1)
+def _judging_process(owner: int) -> Sandbox:
+    """One child for all tasks of a process: starting it imports reasoning-gym. `owner` tells forks apart."""
+    return Sandbox(__name__, "score")
 
 
 def score(request: dict[str, Any]) -> float | None:
     """In the child: prepare an entry, or score `request["answer"]` for it."""
-    data = _cached_data(request["dataset"], json.dumps(request["config"], sort_keys=True), request["gym_seed"], request["gym_size"])
+    data = _cached_data(
+        request["dataset"],
+        json.dumps(request["config"], sort_keys=True),
+        request["gym_seed"],
+        request["gym_size"],
+    )
     entry = _cached_entry(data, request["gym_index"])
     if "answer" not in request:
         return None

@@ -4,7 +4,7 @@ Every prompt has 10^(T-1) right answers, so the policy of highest entropy among 
 (T-1) ln 10 nats: T-1 free digits, and a last one that is fixed. Entropy below that is collapse, not
 necessity.
 
-    prompt  "sum6=3:"    a right answer  "908457"  (their sum is 33)
+    prompt  "sum5=3:"    a right answer  "90842"  (their sum is 23)
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from uncollapse.tasks.task import GeneratedTask, Row, check_range
 _DIGITS = frozenset("0123456789")
 
 
-def modsum(*, digits: int = 6) -> GeneratedTask:
+def modsum(*, digits: int = 5) -> GeneratedTask:
     """The task with a fixed number of digits.
 
     Args:
-        digits: T, digits to write, 1 to 50 (default 6: short enough for hundreds of rollouts a second on
-            one core, long enough for 100,000 right answers).
+        digits: T, digits to write, 1 to 50 (default 5: short enough for hundreds of rollouts a second on
+            one core, long enough for 10,000 right answers).
 
     Raises:
         ConfigError: if `digits` is out of range.
@@ -60,19 +60,20 @@ def question(row: Row) -> str:
 
 
 def demonstration(random_: random.Random, row: Row, *, right: float) -> str:
-    """Digits in pairs that cancel, the last pair making the target: `3 7 5 5 1 2` for 3.
+    """Digits in pairs that cancel modulo 10, then the target: `3 7 1 9 4` for 4, `5 5 8 2 6 8` for 4.
 
     The first digit of each pair is free, the second follows its rule with probability `right` and is uniform
     otherwise: a strategy that a small model learns in minutes, one of many (the policy of highest entropy
-    leaves T-1 digits free, this one half of them). With an odd number of digits the first one stands alone
-    and the last one makes up for it.
+    leaves T-1 digits free, this one half of them). With an even number of digits the last pair makes the target.
     """
-    digits = int(row["digits"])
-    alone = digits % 2
-    written = [random_.randrange(10) for _ in range(alone)]
+    digits, target = int(row["digits"]), int(row["answer"])
+    written: list[int] = []
     while len(written) < digits:
-        free = random_.randrange(10)
-        last = len(written) + 2 == digits
-        other = (int(row["answer"]) - sum(written[:alone]) - free if last else -free) % 10
-        written += [free, other if random_.random() < right else random_.randrange(10)]
+        last = len(written) + 2 >= digits
+        if len(written) + 1 == digits:
+            wanted = target
+        else:
+            written.append(random_.randrange(10))
+            wanted = ((target if last else 0) - written[-1]) % 10
+        written.append(wanted if random_.random() < right else random_.randrange(10))
     return "".join(map(str, written))

@@ -29,7 +29,9 @@ def register_task(name: str, factory: Callable[..., Task]) -> None:
     if name in _FACTORIES:
         raise ConfigError(f"task {name!r} is already registered; choose another name")
     if name.startswith(PREFIX) or is_data_source(name):
-        raise ConfigError(f"task {name!r} would be read as a reasoning-gym data set or a data file; choose another name")
+        raise ConfigError(
+            f"task {name!r} would be read as a reasoning-gym data set or a data file; choose another name"
+        )
     _FACTORIES[name] = factory
 
 
@@ -56,6 +58,15 @@ def task(name: str, **options: Any) -> Task:
         return factory(**options)
     except TypeError as error:
         raise ConfigError(f"task {name!r}: {error}") from error
+
+
+def tasks() -> dict[str, str]:
+    """Every name with its summary, in the order of `task_names`; nothing is built from reasoning-gym."""
+    own = {name: _FACTORIES[name]().summary for name in sorted(_FACTORIES)}
+    return {
+        **own,
+        **{name: f"reasoning-gym's {name.removeprefix(PREFIX).replace('_', ' ')}" for name in gym_names()},
+    }
 
 
 def task_names() -> list[str]:

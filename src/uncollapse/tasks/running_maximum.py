@@ -58,14 +58,14 @@ def question(row: Row) -> str:
     return f"What is the largest of these digits: {digits}? Give only the digit inside <answer></answer>."
 
 
-def demonstration(random_: random.Random, row: Row, *, wrong: float = 0.08, most_checks: int = 3) -> str:
-    """A noisy trace: partial maxima, 0 to `most_checks` further blocks, the answer by majority of the blocks.
+def demonstration(random_: random.Random, row: Row, *, wrong: float, checks: int) -> str:
+    """A noisy trace: partial maxima, `checks` further blocks, the answer by majority of the blocks.
 
     Each partial maximum is replaced by a random digit with probability `wrong` and the block goes on from
     the replacement, so a check that disagrees really repairs an answer.
     """
     digits = [int(d) for d in row["prompt"].removeprefix("max").removesuffix(":")]
-    blocks = [_partial_maxima(random_, digits, wrong) for _ in range(1 + random_.randint(0, most_checks))]
+    blocks = [_partial_maxima(random_, digits, wrong) for _ in range(1 + checks)]
     answer = Counter(block[-1] for block in blocks).most_common(1)[0][0]
     thinking = "?".join("".join(f"{m};" for m in block) for block in blocks)
     return f"{thinking}{END_OF_THINKING}{answer}"

@@ -49,7 +49,7 @@ class Sandbox:
         self._child: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str] = queue.Queue()
 
-    def ask(self, request: dict[str, Any], *, seconds: float, start_seconds: float = 120.0) -> Any:
+    def ask(self, request: dict[str, Any], *, seconds: float | int, start_seconds: float | int = 120) -> Any:
         """The child's result for one request.
 
         Args:
@@ -65,7 +65,8 @@ class Sandbox:
             if self._child is None or self._child.poll() is not None:
                 self._start()
                 self._receive(start_seconds)
-            assert self._child is not None and self._child.stdin is not None
+            assert self._child is not None
+            assert self._child.stdin is not None
             try:
                 self._child.stdin.write(json.dumps(request) + "\n")
                 self._child.stdin.flush()
@@ -98,7 +99,7 @@ class Sandbox:
         threading.Thread(target=_read_lines, args=(self._child.stdout, self._lines), daemon=True).start()
         weakref.finalize(self, _end, self._child)
 
-    def _receive(self, seconds: float) -> dict[str, Any]:
+    def _receive(self, seconds: float | int) -> dict[str, Any]:
         try:
             line = self._lines.get(timeout=seconds)
         except queue.Empty:

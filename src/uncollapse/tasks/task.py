@@ -11,13 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.tasks.answers import MAX_COMPLETION, completion_text
 
 Row = dict[str, Any]
-Style = Literal["plain", "chat"]
 
 
 @runtime_checkable
@@ -32,10 +31,12 @@ class Task(Protocol):
     def summary(self) -> str:
         """One line for a list of tasks."""
 
-    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
+    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: str = "plain") -> list[Row]:
         """`size` rows with `prompt`, `answer` and the columns that the reward needs."""
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """One score a completion, in TRL's signature."""
 
 
@@ -60,7 +61,7 @@ class GeneratedTask:
     question: Callable[[Row], str]
     columns: tuple[str, ...] = field(default=("answer",))
 
-    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: Style = "plain") -> list[Row]:
+    def rows(self, size: int, *, split: str = "train", seed: int = 0, style: str = "plain") -> list[Row]:
         """Draw `size` rows; row i depends on (name, split, seed, i) and on nothing else.
 
         Splits are independent draws: where a task has few distinct prompts (`modsum` has ten), the same
@@ -73,7 +74,9 @@ class GeneratedTask:
         rows = [self.draw(random.Random(f"{self.name}/{split}/{seed}/{i}")) for i in range(size)]
         return conversational(rows, question=self.question) if check_style(style) == "chat" else rows
 
-    def reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    def reward(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
         """Score completions; see `judged`."""
         return judged(self.name, self.judge, completions, columns, needed=self.columns)
 
@@ -128,7 +131,9 @@ def conversational(rows: Sequence[Row], *, question: Callable[[Row], str] | None
     """
     ask = question or (lambda row: row["prompt"])
     return [
-        {**row, "prompt": [{"role": "user", "content": ask(row)}]} if isinstance(row["prompt"], str) else dict(row)
+        {**row, "prompt": [{"role": "user", "content": ask(row)}]}
+        if isinstance(row["prompt"], str)
+        else dict(row)
         for row in rows
     ]
 
@@ -139,11 +144,11 @@ def check_size(size: int) -> None:
         raise ConfigError(f"size is {size!r}; expected a number of rows, 0 or more")
 
 
-def check_style(style: str) -> Style:
+def check_style(style: str) -> str:
     """The style of prompts, or ConfigError."""
     if style not in ("plain", "chat"):
         raise ConfigError(f"style is {style!r}; expected 'plain' or 'chat'")
-    return style  # type: ignore[return-value]
+    return style
 
 
 def check_range(name: str, value: int, low: int, high: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from uncollapse.policy.batch import Batch, Columns
@@ -13,10 +13,10 @@ from uncollapse.policy.protocols import Needs, Scope
 from uncollapse.policy.stages.segments import group_index, scorable_stats
 
 
-def _spread(advantage: Float[Tensor, " row"], batch: Batch) -> Columns:
-    """One advantage per token, in the precision of the rewards; 0 for rows that cannot be scored."""
-    known = ~torch.isnan(batch.reward)
-    advantage = torch.where(known, advantage, torch.zeros_like(advantage)).to(batch.reward.dtype)
+def _spread(advantage: Float[Tensor, " row"], alive: Bool[Tensor, " row"], batch: Batch) -> Columns:
+    """One advantage per token, in the precision of the rewards; 0 for dead groups and unscorable rows."""
+    counted = alive & ~torch.isnan(batch.reward)
+    advantage = torch.where(counted, advantage, torch.zeros_like(advantage)).to(batch.reward.dtype)
     return {"advantage": advantage[:, None] * batch.mask}
 
 
@@ -38,8 +38,9 @@ class GroupAdvantage:
         """`advantage`."""
         index, groups = group_index(batch.group)
         _, mean, std = scorable_stats(batch.reward, index, groups)
-        centred = torch.where((std == 0)[index], torch.zeros_like(mean[index]), batch.reward - mean[index])
-        return _spread(centred / (std[index] + self.eps) if self.std else centred, batch)
+        centred = batch.reward - mean[index]
+        scaled = centred / (std[index] + self.eps) if self.std else centred
+        return _spread(scaled, (std > 0)[index], batch)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ class BatchAdvantage:
         _, mean, std = scorable_stats(batch.reward, index, groups)
         everyone = torch.zeros_like(index)
         _, _, spread = scorable_stats(batch.reward, everyone, 1)
-        centred = torch.where((std == 0)[index], torch.zeros_like(mean[index]), batch.reward - mean[index])
-        return _spread(centred / (spread + self.eps), batch)
+        return _spread((batch.reward - mean[index]) / (spread + self.eps), (std > 0)[index], batch)
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,4 @@ class LeaveOneOut:
         index, groups = group_index(batch.group)
         count, mean, std = scorable_stats(batch.reward, index, groups)
         factor = count / (count - 1).clamp(min=1)
-        centred = torch.where((std == 0)[index], torch.zeros_like(mean[index]), batch.reward - mean[index])
-        return _spread(centred * factor[index], batch)
+        return _spread((batch.reward - mean[index]) * factor[index], (std > 0)[index], batch)

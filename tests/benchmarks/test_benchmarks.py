@@ -1,0 +1,133 @@
+"""The harness and its record; what is measured is not asserted."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def result(value=2.0):
+    row = {
+        "seconds": {"median": 1.0, "p20": 0.9, "p80": 1.1, "min": 0.8},
+        "time_over_ours": value,
+        "min_over_ours": value,
+        "cpu_seconds": 1.0,
+        "cpu_over_ours": value,
+        "extra_peak_mb": 3.0,
+        "largest_difference": 1e-6,
+    }
+    return {
+        "summary": "a summary",
+        "size": "n=1",
+        "date": "2026-01-02T03:04:05+00:00",
+        "rounds": 1,
+        "machine": {"cpu": "x", "cores": 2, "threads": 1, "load_1min_before": 0.1, "load_1min_after": 0.2},
+        "versions": {"torch": "2"},
+        "rows": {"uncollapse": row},
+        "absent": {"verl": "not installed"},
+        "goals": [{"goal": "a goal", "value": value, "limit": 1.0, "at_least": True, "met": value >= 1}],
+    }
+
+
+def test_record_merges_by_name_and_renders(tmp_path):
+    from benchmarks import record
+
+    record.save({"one": result()}, tmp_path)
+    record.save({"two": result(0.5)}, tmp_path)
+    record.save({"one": result(3.0)}, tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["schema"] == record.SCHEMA
+    assert set(kept["benchmarks"]) == {"one", "two"}
+    assert kept["benchmarks"]["one"]["rows"]["uncollapse"]["time_over_ours"] == 3
+    text = (tmp_path / "README.md").read_text()
+    assert "a goal: 3 (at least 1.0): reached." in text
+    assert "**missed**" in text
+    assert "| verl | absent: not installed |" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in tables}) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "results.json"]
+
+
+def test_other_schema_is_not_overwritten(tmp_path):
+    from benchmarks import record
+
+    (tmp_path / "results.json").write_text('{"schema": 99}')
+    with pytest.raises(SystemExit, match="schema 99"):
+        record.save({"one": result()}, tmp_path)
+    assert (tmp_path / "results.json").read_text() == '{"schema": 99}'
+
+
+def test_committed_table_is_fresh():
+    from benchmarks import record
+
+    if record.HERE.joinpath("results.json").exists():
+        assert record.HERE.joinpath("README.md").read_text() == record.table(
+            record.load(record.HERE / "results.json")
+        )
+
+
+def test_rounds_are_paired_and_ratios_are_of_rounds():
+    from benchmarks import harness
+
+    calls = []
+    wall, cpu = harness.times(
+        {harness.OURS: lambda: calls.append(0), "peer": lambda: calls.append(1)}, rounds=5, tick=lambda: None
+    )
+    assert [sorted(calls[i : i + 2]) for i in range(0, 10, 2)] == [[0, 1]] * 5
+    assert {name: len(values) for name, values in (wall | cpu).items()} == {harness.OURS: 5, "peer": 5}
+    rows = harness.summary(
+        {harness.OURS: [1.0, 2.0, 9.0], "peer": [2.0, 4.0, 9.0]}, {"peer": [1.0], harness.OURS: [4.0]}
+    )
+    assert rows["peer"]["time_over_ours"] == 2
+    assert rows["peer"]["cpu_over_ours"] == 0.25
+    assert rows[harness.OURS]["seconds"]["median"] == 2
+
+
+def test_peak_counts_what_was_allocated_meanwhile():
+    from benchmarks import harness
+
+    size = 64 * 2**20
+    assert 0.98 * size <= harness.peak_of(lambda: bytearray(b"x") * size) <= 1.2 * size
+    held = lambda: (bytearray(b"x") * size, time.sleep(0.1))  # noqa: E731 a sampler misses short peaks
+    assert 0.98 * size <= harness._sampled_peak(held) <= 1.2 * size
+
+
+def test_goal_judges():
+    from benchmarks.harness import Goal
+
+    assert Goal("g", lambda rows: 2.0, 1.0, True).judge({})["met"] is True
+    assert Goal("g", lambda rows: 2.0, 1.0, False).judge({})["met"] is False
+    assert Goal("g", lambda rows: None, 1.0, False).judge({})["met"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"), [(["--list"], 0, "token_stats"), (["--only", "nope"], 2, "nope")]
+)
+def test_command_line(arguments, code, text):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert text in done.stdout + done.stderr
+
+
+def test_token_stats_case_agrees_with_its_peers(monkeypatch):
+    pytest.importorskip("trl")
+    from benchmarks import token_stats
+
+    monkeypatch.setattr(token_stats, "TIME", 3)
+    monkeypatch.setattr(token_stats, "D", 5)
+    monkeypatch.setattr(token_stats, "V", 211)
+    case = token_stats.case()
+    assert set(case.check()) >= {token_stats.TRL_FULL, token_stats.TRL_CHUNKED}
+    assert all(value < 1e-4 for value in case.check().values())
