@@ -1,4 +1,3 @@
-import io
 import random
 
 import pytest
@@ -32,8 +31,8 @@ def test_every_task_is_demonstrated(rough):
 
 
 def test_training_repeats_and_is_measured():
-    first, tokenizer = train(SMALL, io.StringIO())
-    again, _ = train(SMALL, io.StringIO())
+    first, tokenizer = train(SMALL, print)
+    again, _ = train(SMALL, print)
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     measured = measure(first, tokenizer, task("modsum"), prompts=2, group=8)
