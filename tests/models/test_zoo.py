@@ -6,6 +6,7 @@ import transformers
 
 from uncollapse.errors import ConfigError, DataError, MissingExtra, UnknownName
 from uncollapse.models import MissingWeights, load, model_names, models, smollm2, zoo
+from uncollapse.models.characters import character_tokenizer
 from uncollapse.tasks import task
 
 
@@ -102,11 +103,9 @@ def test_a_saved_model_loads_back_and_the_random_state_stays(tiny, tmp_path):
 
 
 def test_missing_padding_token_becomes_the_end_of_sequence(tiny, tmp_path):
-    model, tokenizer = tiny
-    model.save_pretrained(tmp_path)
-    bare = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>"
-    )
+    tiny[0].save_pretrained(tmp_path)
+    characters = character_tokenizer().backend_tokenizer
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>")
     bare.save_pretrained(tmp_path)
     _, loaded = load(tmp_path)
     assert loaded.pad_token == loaded.eos_token == "<eos>"

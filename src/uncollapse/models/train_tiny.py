@@ -15,9 +15,10 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +122,8 @@ def encode(tokenizer: Any, prompts: list[str], completions: list[str]) -> tuple[
     return tokens, targets
 
 
-def train(settings: Settings, log: TextIO) -> tuple[Any, Any]:
-    """The trained model and its tokenizer; one line of JSON to `log` every 50 steps."""
+def train(settings: Settings, log: Callable[[str], None]) -> tuple[Any, Any]:
+    """The trained model and its tokenizer; `log` gets one line of JSON every 50 steps."""
     tokenizer = character_tokenizer()
     model = new_model(settings, len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
@@ -144,7 +145,7 @@ def train(settings: Settings, log: TextIO) -> tuple[Any, Any]:
         if (step + 1) % 50 == 0:
             line = {task: round(sum(values) / len(values), 4) for task, values in losses.items() if values}
             line = {"step": step + 1, "seconds": round(time.monotonic() - started, 1), **line}
-            print(json.dumps(line), file=log, flush=True)
+            log(json.dumps(line))
             losses = {task: [] for task in SHARES}
     return model.eval(), tokenizer
 
@@ -214,7 +215,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     started = time.monotonic()
-    model, tokenizer = train(settings, sys.stderr)
+    model, tokenizer = train(settings, lambda line: print(line, file=sys.stderr, flush=True))
     minutes = (time.monotonic() - started) / 60
     model = model.half().float()  # measure what is saved
     torch.manual_seed(settings.seed)

@@ -41,22 +41,23 @@ def from_dataset(
     Args:
         source: path of a `.jsonl`, `.ndjson`, `.json` (a list), `.csv` or `.parquet` file, or a Hub id.
         reward: a function in TRL's signature; "exact" (default) compares the answer in `<answer>` or in the
-            last line, out of its `\boxed{}`, as an exact number or as text; "math-verify" compares LaTeX.
+            last line, out of its `\boxed{}`, as an exact number or as text.
         map: names of columns in the data -> names here, for example `{"question": "prompt"}`.
         hub_split: split to load from the Hub.
         config: configuration to load from the Hub.
 
     Raises:
         DataError: no such file, a line that is not JSON, no rows, or no `prompt` and `answer`.
-        MissingExtra: reading this source, or "math-verify", needs a package that is not installed.
+        MissingExtra: reading this source needs a package that is not installed.
+        ConfigError: no such reward.
     """
     path = Path(source)
     if str(source).lower().endswith(SUFFIXES):
-        records = list(_read_file(path))
+        records: list[Mapping[str, Any]] = list(_read_file(path))
     elif path.exists():
         raise DataError(f"{path}: not a data file; expected one of {', '.join(SUFFIXES)}")
     else:
-        records = _read_hub(str(source), hub_split, config)
+        records = list(_read_hub(str(source), hub_split, config))
     if not records:
         raise DataError(
             f"{source}: no rows; write one JSON object or record a row, with 'prompt' and 'answer'"
@@ -132,13 +133,7 @@ def _reward(reward: RewardFunction | str) -> RewardFunction:
         return reward
     if reward == "exact":
         return exact_reward
-    if reward == "math-verify":
-        from uncollapse.tasks.latex import math_verify_reward
-
-        return math_verify_reward()
-    raise ConfigError(
-        f"reward is {reward!r}; expected a function in TRL's signature, 'exact' or 'math-verify'"
-    )
+    raise ConfigError(f"reward is {reward!r}; expected a function in TRL's signature or 'exact'")
 
 
 def _row(record: Mapping[str, Any], source: str, index: int, names: Mapping[str, str]) -> Row:

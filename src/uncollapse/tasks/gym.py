@@ -1,8 +1,9 @@
 """Every reasoning-gym generator as a task: `reasoning-gym:<data set>`, scored by reasoning-gym itself.
 
-Rows carry `gym_seed`, `gym_size` and `gym_index`, from which a child process rebuilds the entry that reasoning-gym's
-`score_answer` needs; model output is judged there under a limit of time and memory (`sandbox`), and scorers
-that evaluate text see only what `guards` lets through. Scores are in [0, 1] and some generators give
+Rows are drawn, and model output is judged, in a child process under limits of time and memory (`sandbox`). Rows
+carry `gym_seed`, `gym_size` and `gym_index`, from which the child rebuilds the entry that reasoning-gym's
+`score_answer` needs. Some generators depend on the order of sets (`polynomial_multiplication`), so they repeat
+only under one hash seed, which the child has. Scorers that evaluate text see only what `guards` lets through. Scores are in [0, 1] and some generators give
 partial credit. Where the scorer hangs or raises, the score is None and the reason is counted.
 
 The answer in a completion is what stands in the last `<answer>...</answer>`, else its last line. Boards and
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from uncollapse.errors import ConfigError, MissingExtra, UnknownName
+from uncollapse.errors import ConfigError, DataError, MissingExtra, UnknownName
 from uncollapse.tasks.answers import MAX_ANSWER, final_answer
 from uncollapse.tasks.guards import GUARDS
 from uncollapse.tasks.sandbox import Failed, Sandbox, TimedOut
@@ -30,6 +31,7 @@ from uncollapse.tasks.task import Row, check_size, check_style, conversational, 
 PREFIX = "reasoning-gym:"
 COLUMNS = ("gym_seed", "gym_size", "gym_index")
 PREPARE_SECONDS = 60.0
+SECONDS_A_ROW = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -99,22 +101,21 @@ class GymTask:
 
         Raises:
             ConfigError: for a negative size or an unknown style.
+            DataError: the generator hangs or raises.
         """
         check_size(size)
         check_style(style)
         if size == 0:
             return []
         gym_seed = int.from_bytes(hashlib.sha256(f"{split}/{seed}".encode()).digest()[:4], "big") // 2
-        entries = _build(self.dataset, self.config, seed=gym_seed, size=size)
+        request = {"dataset": self.dataset, "config": self.config, "gym_seed": gym_seed, "gym_size": size}
+        try:
+            drawn = _child(os.getpid()).ask(request, seconds=PREPARE_SECONDS + SECONDS_A_ROW * size)
+        except (TimedOut, Failed) as error:
+            raise DataError(f"{self.name}: cannot draw {size} rows: {error}; ask for fewer") from error
         rows = [
-            {
-                "prompt": entries[i]["question"],
-                "answer": "" if entries[i]["answer"] is None else str(entries[i]["answer"]),
-                "gym_seed": gym_seed,
-                "gym_size": size,
-                "gym_index": i,
-            }
-            for i in range(size)
+            {"prompt": prompt, "answer": answer, "gym_seed": gym_seed, "gym_size": size, "gym_index": i}
+            for i, (prompt, answer) in enumerate(drawn)
         ]
         return conversational(rows, question=_question) if style == "chat" else rows
 
@@ -124,16 +125,17 @@ class GymTask:
         """reasoning-gym's own score of each answer, None where it hangs or raises.
 
         Raises:
-            DataError: if a `gym_` column is missing.
+            DataError: if the answer or a `gym_` column is missing.
         """
-        return judged(self.name, self._judge, completions, columns, needed=COLUMNS)
+        return judged(self.name, self._judge, completions, columns, needed=("answer", *COLUMNS))
 
     def _judge(self, text: str, row: Row) -> float | None:
         answer = final_answer(text)
         entry = {"dataset": self.dataset, "config": self.config, **{c: int(row[c]) for c in COLUMNS}}
-        sandbox = _judging_process(os.getpid())
+        sandbox = _child(os.getpid())
         try:
-            sandbox.ask(entry, seconds=PREPARE_SECONDS)
+            if sandbox.ask(entry, seconds=PREPARE_SECONDS) != row["answer"]:
+                raise Failed("the generator does not repeat its rows")
             given = answer if len(answer) <= MAX_ANSWER else ""
             return float(sandbox.ask({**entry, "answer": given}, seconds=self.time_limit))
         except (TimedOut, Failed) as error:
@@ -147,27 +149,34 @@ class GymTask:
 
 
 @lru_cache(maxsize=1)
-def _judging_process(owner: int) -> Sandbox:
+def _child(owner: int) -> Sandbox:
     """One child for all tasks of a process: starting it imports reasoning-gym. `owner` tells forks apart."""
-    return Sandbox(__name__, "score")
+    return Sandbox(__name__, "serve")
 
 
-def score(request: dict[str, Any]) -> float | None:
-    """In the child: prepare an entry, or score `request["answer"]` for it."""
+def serve(request: dict[str, Any]) -> Any:
+    """In the child: all rows; the stored answer of one, which is then ready; or a score of `request["answer"]`."""
     data = _cached_data(
         request["dataset"],
         json.dumps(request["config"], sort_keys=True),
         request["gym_seed"],
         request["gym_size"],
     )
+    if "gym_index" not in request:
+        entries = (data[i] for i in range(request["gym_size"]))
+        return [(entry["question"], _stored_answer(entry)) for entry in entries]
     entry = _cached_entry(data, request["gym_index"])
     if "answer" not in request:
-        return None
+        return _stored_answer(entry)
     answer: str | None = request["answer"]
     guard = GUARDS.get(request["dataset"])
     if guard is not None and answer is not None:
         answer = guard(answer, entry)
     return float(data.score_answer("" if answer is None else answer, entry))
+
+
+def _stored_answer(entry: dict[str, Any]) -> str:
+    return "" if entry["answer"] is None else str(entry["answer"])
 
 
 @lru_cache(maxsize=4)

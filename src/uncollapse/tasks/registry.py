@@ -74,5 +74,6 @@ def task_names() -> list[str]:
     return [*sorted(_FACTORIES), *gym_names()]
 
 
-for _name, _factory in {"countdown": countdown, "modsum": modsum, "running-maximum": running_maximum}.items():
-    register_task(_name, _factory)
+register_task("countdown", countdown)
+register_task("modsum", modsum)
+register_task("running-maximum", running_maximum)

@@ -3,7 +3,8 @@
 The child reads one JSON request a line and answers with one line. The parent waits for a bounded time; a
 child that hangs or dies is killed and replaced, and the request has no answer. On POSIX the child may also
 not write files, dump core, or take more than `MEMORY` bytes beyond what it starts with. It ends when its
-standard input closes, so it never outlives the parent.
+standard input closes, so it never outlives the parent. Its hash seed is fixed: what it computes from a
+seed is the same in every child.
 """
 
 from __future__ import annotations
@@ -85,7 +86,12 @@ class Sandbox:
 
     def _start(self) -> None:
         command = [sys.executable, "-c", _START, json.dumps(sys.path), *self._target]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+        }
         self._child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
