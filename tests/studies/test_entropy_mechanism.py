@@ -80,7 +80,7 @@ def test_training_curves_are_repeatable() -> None:
 
 
 def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Size(1, 5, 2, 18, 20, 1, 3)
+    tiny = Size(1, 5, 1, 18, 20, 1, 3)
     monkeypatch.setattr(experiment, "QUICK", tiny)
     monkeypatch.setattr(experiment, "arms", lambda: {k: v for k, v in arms().items() if "default" not in k})
     monkeypatch.setattr(experiment, "train_modsum", _small_modsum)
