@@ -17,10 +17,10 @@ SCALE = (
 )
 
 
-def demo(*, output: str = "runs/demo", seed: int = 0, steps: int = 60) -> int:
+def demo(*, output: str = "runs/demo", seed: int = 0, steps: int = 40) -> int:
     """Watch a small language model lose its entropy under GRPO, and remedies keep it; writes a report.
 
-    Trains the packaged model `tiny` on `modsum` (write six digits whose sum ends in a given digit; there are 100,000
+    Trains the packaged model `tiny` on `modsum` (write five digits whose sum ends in a given digit; there are 10,000
     right answers to each prompt, so a policy that is always right need not be sure). A few minutes on two cores.
 
     Example: `uncollapse demo`
@@ -53,14 +53,14 @@ def demo(*, output: str = "runs/demo", seed: int = 0, steps: int = 60) -> int:
 
 
 SETTINGS = {
-    "prompts": 8,
+    "prompts": 16,
     "updates": 2,
-    "learning_rate": 2e-3,
-    "max_tokens": 12,
-    "eval_every": 20,
-    "eval_prompts": 20,
+    "learning_rate": 1e-3,
+    "max_tokens": 8,
+    "eval_every": 10,
+    "eval_prompts": 32,
     "checkpoint_every": 0,
-    "probe_every": 6,
+    "probe_every": 4,
 }
 """What keeps the demo to minutes; the number of rows decides how long a step takes."""
 

@@ -19,7 +19,7 @@ from uncollapse.errors import ConfigError, DataError
 from uncollapse.integrations.interrupts import Interrupted, StopRequest, stop_requests
 from uncollapse.integrations.progress import Progress, Watch, unwatched
 from uncollapse.integrations.quiet import quiet_libraries, stay_offline
-from uncollapse.integrations.settings import TrainConfig, read_settings
+from uncollapse.integrations.settings import SMALL, TrainConfig, read_settings
 from uncollapse.policy.document import locate
 from uncollapse.runs import CONFIG, Run
 from uncollapse.tasks.task import Row, Task
@@ -98,7 +98,10 @@ def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     stay_offline(config.model, config.dataset, packaged=tuple(models.model_names()))
     quiet_libraries()
     model, tokenizer = models.load(config.model)
-    config = config.resolved(sum(p.numel() for p in model.parameters()))
+    parameters = sum(p.numel() for p in model.parameters())
+    config = config.resolved(parameters)
+    if parameters < SMALL:
+        torch.set_num_threads(1)  # a toy's products are too small to share: two threads take three times as long
     style = "chat" if tokenizer.chat_template else "plain"
     task = _task(config)
     rows = task.rows(config.rows, split="train", seed=config.seed, style=style)
