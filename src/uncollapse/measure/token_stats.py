@@ -195,9 +195,9 @@ def _stream(
     reference, total, moment = (
         torch.zeros(source.count, dtype=source.dtype, device=token.device) for _ in range(3)
     )
+    scratch = Scratch()
     for rows, width in source.blocks(tile_size(chunk, token.device)):
         reference[rows] = source.sampled(rows, token[rows])
-        scratch = Scratch()
         for cols in spans(source.vocab, width):
             above = source.tile(rows, cols).sub_(reference[rows].unsqueeze(-1)).clamp_(min=FLOOR)
             weight = scratch(torch.exp, above)
