@@ -93,6 +93,8 @@ def last_checkpoint(run: Run) -> Path | None:
 
 def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     """Load model and data; the settings come back with every default decided."""
+    import torch
+
     from uncollapse import models
 
     stay_offline(config.model, config.dataset, packaged=tuple(models.model_names()))
