@@ -66,6 +66,7 @@ def run_comparison(base: TrainConfig, recipes: Sequence[Recipe], seeds: Sequence
     from uncollapse.cli.live import watching
     from uncollapse.cli.summary import summarise
     from uncollapse.integrations.comparison import compare as launch
+    from uncollapse.integrations.interrupts import Interrupted
     from uncollapse.integrations.progress import Progress
 
     with reported(Path(base.output)), ExitStack() as shown:
@@ -79,7 +80,11 @@ def run_comparison(base: TrainConfig, recipes: Sequence[Recipe], seeds: Sequence
         def progress(event: Progress) -> None:
             current(event)
 
-        comparison = launch(base, recipes, seeds, progress=progress, following=following)
+        try:
+            comparison = launch(base, recipes, seeds, progress=progress, following=following)
+        except Interrupted as error:
+            error.args = ("interrupted; the same command again continues the comparison",)
+            raise
     comparison.write_summary(summarise(comparison))
     return comparison
 
