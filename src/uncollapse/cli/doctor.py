@@ -35,7 +35,9 @@ def doctor(*, json_: AsJson = False) -> None:
     if json_:
         as_json(rows)
     else:
-        table(["what", "found", "advice"], [[row["what"], row["found"], row["advice"]] for row in rows])
+        table(
+            ["what", "advice", "found"], [[row["what"], row["advice"] or "-", row["found"]] for row in rows]
+        )
 
 
 def _version(name: str) -> str | None:
@@ -49,8 +51,9 @@ def _extra(name: str, packages: tuple[str, ...]) -> dict[str, str]:
     found = {package: _version(package) for package in packages}
     missing = [package for package, version in found.items() if version is None]
     shown = ", ".join(f"{package} {version}" for package, version in found.items() if version)
-    advice = f"pip install 'uncollapse[{name}]'  (for {', '.join(missing)})" if missing else ""
-    return {"what": f"extra {name}", "found": shown or "missing", "advice": advice}
+    lacking = f"{'; ' if shown else ''}missing: {', '.join(missing)}" if missing else ""
+    advice = f"pip install 'uncollapse[{name}]'" if missing else ""
+    return {"what": f"extra {name}", "found": shown + lacking, "advice": advice}
 
 
 def _smollm() -> dict[str, str]:
