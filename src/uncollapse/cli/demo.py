@@ -17,7 +17,7 @@ SCALE = (
 )
 
 
-def demo(*, output: str = "runs/demo", seed: int = 0, steps: int = 60) -> int:
+def demo(*, output: str = "runs/demo", seed: int = 0, steps: int = 40) -> int:
     """Watch a small language model lose its entropy under GRPO, and remedies keep it; writes a report.
 
     Trains the packaged model `tiny` on `modsum` (write five digits whose sum ends in a given digit; there are 10,000
