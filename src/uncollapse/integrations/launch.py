@@ -103,7 +103,8 @@ def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     parameters = sum(p.numel() for p in model.parameters())
     config = config.resolved(parameters)
     if parameters < SMALL:
-        torch.set_num_threads(1)  # a toy's products are too small to share: two threads take three times as long
+        # A toy's products are too small to share: two threads take three times as long.
+        torch.set_num_threads(1)
     style = "chat" if tokenizer.chat_template else "plain"
     task = _task(config)
     rows = task.rows(config.rows, split="train", seed=config.seed, style=style)
