@@ -28,7 +28,6 @@ HEAVY = (
     "matplotlib",
     "pandas",
     "datasets",
-    "pydantic",
     "rich",
 )
 

@@ -422,3 +422,26 @@ def test_every_statistic_is_tested():
         return below or [cls]
 
     assert {type(s) for s in ALL} == {c for c in leaves(Statistic) if c.__module__.startswith("uncollapse")}
+
+
+@pytest.mark.parametrize("budget", [0, 200, 10**9])
+def test_what_is_kept_from_the_forward_pass_changes_nothing(monkeypatch, budget):
+    """Nothing, a part or all of the logits; a second backward pass finds them gone and recomputes."""
+    from uncollapse.measure import _vocabulary
+
+    monkeypatch.setattr(_vocabulary, "KEPT_CPU", budget)
+    monkeypatch.setattr(_vocabulary, "STREAM_CPU", 64)
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(11, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(31, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    token = torch.randint(31, (11,), generator=generator)
+    logp = (hidden @ weight.t()).log_softmax(-1)
+    expected = torch.autograd.grad(
+        logp.gather(-1, token[:, None]).sum() - 0.3 * (logp.exp() * logp).sum(), (hidden, weight)
+    )
+    found = token_stats(hidden, token, weight=weight)
+    loss = found[Logp()].sum() + 0.3 * found[Entropy()].sum()
+    for retain in (True, False):
+        grads = torch.autograd.grad(loss, (hidden, weight), retain_graph=retain)
+        for ours, reference in zip(grads, expected, strict=True):
+            torch.testing.assert_close(ours, reference)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from uncollapse.errors import ConfigError, DataError, UnknownName
 from uncollapse.policy.batch import Stat
 from uncollapse.policy.config import load_recipes, options_of, recipe_to_dict, recipe_to_yaml, resolve
-from uncollapse.policy.describe import describe
-from uncollapse.policy.names import SLOTS, register_stage, stages
+from uncollapse.policy.config.describe import describe
+from uncollapse.policy.config.names import SLOTS, register_stage, stages
 from uncollapse.policy.recipe import Recipe, Weighted, recipe, recipes
 from uncollapse.policy.reduction import Mean, Sum
 from uncollapse.policy.schedules import Cosine, Linear

@@ -42,19 +42,18 @@ def show(
     recipe
         Name of a recipe, a YAML file, or `file.yaml:name` for one of several in a file.
     """
-    from uncollapse.cli.engines import offers
+    from uncollapse.cli.engines import ABSENT, OFFERS
     from uncollapse.policy.config import recipe_to_yaml, resolve
-    from uncollapse.policy.describe import describe
+    from uncollapse.policy.config.describe import describe
 
     made = resolve(recipe)
     if yaml:
         say(recipe_to_yaml(made).rstrip())
         return
-    engines, absent = offers()
-    card = describe(made, engines=engines, updates=updates)
+    card = describe(made, engines=OFFERS, updates=updates)
     if json_:
         as_json(
-            {**asdict(card), "engines": {**card.engines, **{name: [why] for name, why in absent.items()}}}
+            {**asdict(card), "engines": {**card.engines, **{name: [why] for name, why in ABSENT.items()}}}
         )
         return
     say(f"{card.name}: {card.summary or 'no summary'}")
@@ -85,7 +84,7 @@ def show(
         say(f"forward  {line}")
     for name, reasons in card.engines.items():
         say(f"engine   {name}: {'; '.join(reasons) if reasons else 'runs'}")
-    for name, why in absent.items():
+    for name, why in ABSENT.items():
         say(f"engine   {name}: {why}")
     for line in card.warnings:
         say(f"warning  {line}")

@@ -20,7 +20,7 @@ from uncollapse.integrations.interrupts import Interrupted, StopRequest, stop_re
 from uncollapse.integrations.progress import Progress, Watch, unwatched
 from uncollapse.integrations.quiet import quiet_libraries, stay_offline
 from uncollapse.integrations.settings import SMALL, TrainConfig, read_settings
-from uncollapse.policy.document import locate
+from uncollapse.policy.config.document import locate
 from uncollapse.runs import CONFIG, Run
 from uncollapse.tasks.task import Row, Task
 

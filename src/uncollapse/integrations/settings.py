@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from uncollapse.errors import ConfigError, UncollapseError, UnknownName
-from uncollapse.policy.coerce import coerce
 from uncollapse.policy.config import read_recipe, recipe_to_dict, resolve
-from uncollapse.policy.document import Located, locate, read_document
+from uncollapse.policy.config.coerce import coerce
+from uncollapse.policy.config.document import Located, locate, read_document
 from uncollapse.policy.recipe import Recipe, recipe
 
 SMALL, MEDIUM = 20_000_000, 500_000_000

@@ -29,6 +29,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from uncollapse.errors import ConfigError
+from uncollapse.integrations import offers
 from uncollapse.integrations.fused_forward import add_completion_stats, completion_stats, takes_position_ids
 from uncollapse.integrations.rounds import fill_dead
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
@@ -39,11 +40,6 @@ from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
 from uncollapse.policy.stats import Entropy, Logp, Measured
 
 STATE_FILE = "uncollapse_recipe.pt"
-
-OFFERS: frozenset[str | type[Stat]] = frozenset(
-    {"reward", "group", "ids", "length", "finished", "token_limit", "fresh_prompts", Measured}
-)
-"""What TRL can provide to a recipe; two policies' logits at once it cannot."""
 
 OWNED = (
     "beta", "delta", "epsilon", "epsilon_high", "entropy_coef", "importance_sampling_level", "loss_type",
@@ -406,4 +402,4 @@ def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
             )
     elif not isinstance(recipe.sampler, PlainSampler):
         raise ConfigError(f"TRL cannot run the sampler {type(recipe.sampler).__name__}")
-    recipe.check("TRL", OFFERS)
+    recipe.check("TRL", offers.TRL)

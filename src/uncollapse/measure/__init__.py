@@ -10,6 +10,8 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),
+    "entropy_law": ("EntropyLaw", "compare_laws", "fit_entropy_law", "fit_straight_line"),
     "token_stats": ("token_stats_from_logits",),
     "statistics": (
         "Collision",

@@ -19,6 +19,9 @@ from uncollapse.measure.statistics import row_dot
 STREAM_CPU, ROWS_CPU, ACCELERATOR = 2**20, 2**22, 2**25
 BLOCK_ROWS = 2048
 
+# Elements of logits that may be left from the forward pass for the backward pass, which then recomputes the rest.
+KEPT_CPU, KEPT_ACCELERATOR = 24 * 2**20, 2**26
+
 Grads: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 Where: TypeAlias = slice | Tensor
 Sampled: TypeAlias = tuple[Tensor, Tensor] | None
@@ -40,6 +43,26 @@ def spans(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+class Kept:
+    """Tiles of logits that the forward pass leaves for the backward pass, up to a budget; each is handed out once.
+
+    A second backward pass through the same graph finds none and recomputes them.
+    """
+
+    def __init__(self, elements: int) -> None:
+        self._left, self._tiles = elements, {}  # type: int, dict[tuple[int, int], Tensor]
+
+    def offer(self, rows: slice, cols: slice, tile: Tensor) -> None:
+        """Keep a copy if the budget allows."""
+        if tile.numel() <= self._left:
+            self._left -= tile.numel()
+            self._tiles[rows.start, cols.start] = tile.clone()
+
+    def take(self, rows: slice, cols: slice) -> Tensor | None:
+        """The tile, now the caller's to overwrite; None if it was not kept."""
+        return self._tiles.pop((rows.start, cols.start), None)
+
+
 class Head:
     """Logits = (hidden W^T + b) / temperature, computed tile by tile."""
 
@@ -53,6 +76,11 @@ class Head:
         self.count, self.vocab = len(hidden), len(weight)
         self.source = hidden
         self._buffer = self.hidden.new_empty(0)
+
+    @property
+    def worth_keeping(self) -> int:
+        """Elements of logits that it pays to leave for the backward pass: each saves its share of a product."""
+        return KEPT_CPU if self.hidden.device.type == "cpu" else KEPT_ACCELERATOR
 
     def blocks(self, chunk: int) -> Iterator[tuple[slice, int]]:
         """Row slices and the width of their streamed tiles."""
@@ -126,6 +154,11 @@ class Given:
         self.scale = 1 / temperature
         self.logits = logits
         self.count, self.vocab = logits.shape
+
+    @property
+    def worth_keeping(self) -> int:
+        """Nothing: the logits are there."""
+        return 0
 
     def blocks(self, chunk: int) -> Iterator[tuple[slice, int]]:
         """Row slices and the width of their streamed tiles: whole rows."""

@@ -8,7 +8,7 @@ Two ways, chosen by what is asked for:
 - *streamed* (`Logp` and `Entropy` only). Tiles of (up to 2048 tokens) x (some hundred vocabulary entries) pass
   by once. Everything is measured from the sampled token's own logit z_y: with S = sum exp(z - z_y) and
   T = sum (z - z_y) exp(z - z_y), log p_y = -log S and H = log S - T / S. The forward pass keeps two numbers per
-  token; the backward pass recomputes each tile and turns it in place into
+  token and a bounded number of tiles; the backward pass recomputes the other tiles and turns each in place into
   dz = -p (a + b (log p + H)) for incoming gradients a, b. The one-hot part never enters a tile: it is one row of
   the weight per token. Where exp overflows (log p_y below about -88 in float32) the row is done the other way.
 - *whole rows*: blocks of complete rows, for statistics that need to sort or compare a whole distribution.
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.measure._vocabulary import Given, Head, row_count, spans, tile_size
+from uncollapse.measure._vocabulary import Given, Head, Kept, row_count, spans, tile_size
 from uncollapse.measure.statistics import FLOOR, Entropy, Logp, Rows, Statistic
 
 Source: TypeAlias = Head | Given
@@ -61,15 +61,16 @@ def token_stats(
             `hidden` does no harm.
         temperature: divides the logits, > 0. Default 1: the model's own distribution.
         stats: what to measure; default log-probability and Shannon entropy, the cheapest pair.
-        chunk: elements of logits held at once; None takes a size that suits the device. No influence on results
-            beyond rounding.
+        chunk: elements of logits held at once; None takes a size that suits the device and keeps some logits from
+            the forward pass for the backward pass. No influence on results beyond rounding.
 
     Raises:
         ConfigError: temperature or chunk not positive, no statistic.
         DataError: a counted token id outside the vocabulary; shapes that do not belong together.
 
-    Cost: forward one product (tokens x hidden x vocab); backward three, one fewer if the weight is frozen. Memory
-    beyond inputs and gradients: a few times `chunk`, plus two numbers per token between the passes.
+    Cost: forward one product (tokens x hidden x vocab); backward three, one fewer if the weight is frozen, and less
+    by the share of the logits that was kept. Memory beyond inputs and gradients: a few times `chunk`, and between the
+    passes two numbers per token and, unless `chunk` is given, up to 24 million logits (96 MB; 256 MB on a GPU).
     """
     _check_shapes(hidden, token, mask)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -163,7 +164,8 @@ class _TokenStats(torch.autograd.Function):
         if not streamed:
             ctx.save_for_backward(x, weight, bias, token)
             return _whole_rows(source, token, stats, chunk)
-        logp, lse, entropy = _stream(source, token, chunk, entropy=Entropy() in stats)
+        ctx.kept = Kept(source.worth_keeping if any(ctx.needs_input_grad[:3]) and chunk is None else 0)
+        logp, lse, entropy = _stream(source, token, chunk, ctx.kept, entropy=Entropy() in stats)
         ctx.save_for_backward(x, weight, bias, token, lse, entropy)
         return tuple(entropy.clone() if stat == Entropy() else logp for stat in stats)
 
@@ -178,7 +180,9 @@ class _TokenStats(torch.autograd.Function):
             if streamed:
                 of = dict(zip(stats, grads, strict=True))
                 lse, entropy = kept
-                _stream_backward(source, token, chunk, lse, entropy, of.get(Logp()), of.get(Entropy()))
+                _stream_backward(
+                    source, token, chunk, ctx.kept, lse, entropy, of.get(Logp()), of.get(Entropy())
+                )
             else:
                 _whole_rows_backward(source, token, chunk, stats, grads)
         return *source.close(), None, None, None, None
@@ -189,7 +193,7 @@ def _source(x: Tensor, weight: Tensor | None, bias: Tensor | None, temperature: 
 
 
 def _stream(
-    source: Source, token: Tensor, chunk: int | None, *, entropy: bool
+    source: Source, token: Tensor, chunk: int | None, kept: Kept, *, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability, log-sum-exp and entropy of every row (entropy stays 0 if not asked for)."""
     reference, total, moment = (
@@ -199,7 +203,9 @@ def _stream(
     for rows, width in source.blocks(tile_size(chunk, token.device)):
         reference[rows] = source.sampled(rows, token[rows])
         for cols in spans(source.vocab, width):
-            above = source.tile(rows, cols).sub_(reference[rows].unsqueeze(-1)).clamp_(min=FLOOR)
+            logits = source.tile(rows, cols)
+            kept.offer(rows, cols, logits)
+            above = logits.sub_(reference[rows].unsqueeze(-1)).clamp_(min=FLOOR)
             weight = scratch(torch.exp, above)
             total[rows] += weight.sum(-1)
             if entropy:
@@ -243,6 +249,7 @@ def _stream_backward(
     source: Source,
     token: Tensor,
     chunk: int | None,
+    kept: Kept,
     lse: Tensor,
     entropy: Tensor,
     of_logp: Tensor | None,
@@ -252,7 +259,10 @@ def _stream_backward(
     for rows, width in source.blocks(tile_size(chunk, token.device)):
         constant, slope = _coefficients(rows, entropy, of_logp, of_entropy)
         for cols in spans(source.vocab, width):
-            logp = source.tile(rows, cols).sub_(lse[rows].unsqueeze(-1)).clamp_(min=FLOOR)
+            logits = kept.take(rows, cols)
+            if logits is None:
+                logits = source.tile(rows, cols)
+            logp = logits.sub_(lse[rows].unsqueeze(-1)).clamp_(min=FLOOR)
             p = scratch(torch.exp, logp)
             grad = p.mul_(constant) if slope is None else logp.mul_(slope).add_(constant).mul_(p)
             last = cols.stop == source.vocab

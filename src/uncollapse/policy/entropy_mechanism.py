@@ -31,7 +31,7 @@ from uncollapse.measure.covariance import CovarianceProfile, covariance_profile,
 from uncollapse.measure.entropy_law import EntropyLaw, compare_laws, fit_entropy_law, fit_straight_line
 from uncollapse.policy.baselines import grpo
 from uncollapse.policy.batch import Batch, Columns, TokenMap
-from uncollapse.policy.names import register_stage
+from uncollapse.policy.config.names import register_stage
 from uncollapse.policy.protocols import Needs, Scope
 from uncollapse.policy.recipe import Weighted, register
 from uncollapse.policy.reduction import Mean

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from uncollapse.errors import ConfigError, UnknownName
-from uncollapse.policy.document import Located, shown
+from uncollapse.policy.config.document import Located, shown
 
 _WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 

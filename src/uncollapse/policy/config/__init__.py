@@ -24,9 +24,9 @@ import yaml
 
 from uncollapse.errors import ConfigError, UncollapseError, UnknownName
 from uncollapse.policy.batch import PARTS
-from uncollapse.policy.coerce import coerce
-from uncollapse.policy.document import Located, locate, read_document, shown
-from uncollapse.policy.names import name_of, slots_of, stages
+from uncollapse.policy.config.coerce import coerce
+from uncollapse.policy.config.document import Located, locate, read_document, shown
+from uncollapse.policy.config.names import name_of, slots_of, stages
 from uncollapse.policy.recipe import Recipe, Weighted, recipe, recipes
 from uncollapse.policy.reduction import Mean, Sum
 from uncollapse.policy.schedules import Schedule
