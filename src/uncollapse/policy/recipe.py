@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from uncollapse.catalogue import papers
 from uncollapse.errors import ConfigError, UnknownName
-from uncollapse.policy.batch import PARTS, Batch, Stat
+from uncollapse.policy.batch import PARTS, Batch, Columns, Stat
 from uncollapse.policy.protocols import (
     Memory,
     Replay,
@@ -206,7 +206,8 @@ class Recipe:
         `batch` holds `stats("plan")` if `has("minibatch")`.
         """
         batch = self._decide(batch, "minibatch", slots=TRANSFORM_SLOTS)
-        maps = {f"map/{slot.key}": _weight_map(slot, batch) for slot in self._slots()}
+        present = _parts(batch).keys()
+        maps = {f"map/{slot.key}": _weight_map(slot, batch) for slot in self._slots() if slot.parts & present}
         return batch.with_columns(**maps)
 
     def loss(self, batch: Batch) -> LossReport:
@@ -218,7 +219,9 @@ class Recipe:
         total = torch.zeros((), dtype=batch.columns["map/surrogate"].dtype, device=batch.mask.device)
         terms: dict[str, Tensor] = {}
         for slot in self._slots():
-            weights = batch.columns[f"map/{slot.key}"]
+            weights = batch.columns.get(f"map/{slot.key}")
+            if weights is None:  # the step holds no row of the term's parts
+                continue
             if slot.key == "surrogate" and "weight" in batch.columns:
                 weights = weights * batch.columns["weight"]
             coef = (
@@ -261,7 +264,8 @@ class Recipe:
         for slot, transform in self._transforms(scope):
             if slot in slots:
                 reader = f"{slot}: {type(transform).__name__}"
-                batch = _merge(batch, transform, transform(batch.view(transform.needs, reader)), reader)
+                written = _by_part(batch, transform, transform.needs, reader, frozenset(PARTS))
+                batch = _merge(batch, transform, written, reader)
         return batch
 
     @torch.no_grad()
@@ -349,32 +353,35 @@ def _parts(batch: Batch) -> dict[str, Tensor | None]:
     return {name: codes == code for name, code in PARTS.items() if bool((codes == code).any())}
 
 
-def _decide_term(slot: _Slot, batch: Batch, scope: Scope) -> Batch:
-    """Let a term decide, part by part, so that replayed or tempered rows never enter on-policy statistics."""
-    if slot.term.scope != scope:
-        return batch
-    columns = dict(batch.columns)
+def _by_part(
+    batch: Batch, stage: Callable[[Batch], Columns], needs: Needs, reader: str, parts: frozenset[str]
+) -> dict[str, Any]:
+    """What a stage writes when it sees one part at a time, so that replayed or tempered rows never enter on-policy
+    statistics. A number per part becomes one per row."""
+    columns: dict[str, Any] = {}
     for name, rows in _parts(batch).items():
-        if name not in slot.parts:
+        if name not in parts:
             continue
         pool = batch if rows is None else batch[rows]
-        for key, value in slot.term.decide(pool.view(slot.term.needs, slot.key)).items():
-            if key == "where" and scope == "microbatch":
-                raise ConfigError(
-                    f"{slot.key}: 'where' cannot be decided per micro-batch; its mean needs all rows"
-                )
-            filed = f"own/{slot.key}/{key}"
+        for key, value in stage(pool.view(needs, reader)).items():
             per_row = value.reshape(1, 1).expand(len(pool), 1) if value.ndim == 0 else value
-            columns[filed] = per_row if rows is None else _scatter(per_row, rows, columns.get(filed))
-    return replace(batch, columns=columns)
+            columns[key] = per_row if rows is None else _scatter(per_row, rows, columns.get(key))
+    return columns
+
+
+def _decide_term(slot: _Slot, batch: Batch, scope: Scope) -> Batch:
+    if slot.term.scope != scope:
+        return batch
+    decided = _by_part(batch, slot.term.decide, slot.term.needs, slot.key, slot.parts)
+    if scope == "microbatch" and "where" in decided:
+        raise ConfigError(f"{slot.key}: 'where' cannot be decided per micro-batch; its mean needs all rows")
+    return batch.with_columns(**{f"own/{slot.key}/{key}": value for key, value in decided.items()})
 
 
 def _scatter(value: Tensor, rows: Tensor, into: Tensor | None) -> Tensor:
     if into is None:
         into = value.new_zeros((len(rows), *value.shape[1:]))
-    into = into.clone()
-    into[rows] = value
-    return into
+    return into.index_copy(0, rows.nonzero()[:, 0], value)
 
 
 def _weight_map(slot: _Slot, batch: Batch) -> Tensor:
