@@ -22,6 +22,7 @@ from uncollapse.errors import ConfigError, UnknownName
 from uncollapse.policy.batch import PARTS, Batch, Columns, Stat
 from uncollapse.policy.protocols import (
     Memory,
+    Needs,
     Replay,
     Sampler,
     Scope,
