@@ -39,7 +39,7 @@ def save(results: dict[str, Any], directory: Path = HERE) -> None:
     """Merge results by benchmark name and write both files."""
     record = load(directory / "results.json")
     record["benchmarks"] |= results
-    write(directory / "results.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+    write(directory / "results.json", json.dumps(record, indent=2) + "\n")
     write(directory / "README.md", table(record))
 
 
