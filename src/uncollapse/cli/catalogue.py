@@ -18,15 +18,17 @@ from uncollapse.cli.records import record
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON for programs.")]
 
 
-def list_(what: Literal["papers", "recipes", "tasks", "models"], /, *, json_: AsJson = False) -> None:
+def list_(
+    what: Literal["papers", "recipes", "tasks", "models"] = "papers", /, *, json_: AsJson = False
+) -> None:
     """List papers with their status, recipes, tasks or models.
 
-    Example: `uncollapse list recipes`
+    Examples: `uncollapse list`; `uncollapse list recipes`
 
     Parameters
     ----------
     what
-        Which list.
+        Which list. [papers]
     """
     rows = {"papers": _papers, "recipes": _recipes, "tasks": _tasks, "models": _models}[what]()
     if json_:
@@ -153,5 +155,5 @@ def interval(estimate: dict[str, Any] | None) -> str:
         return "-"
     low, high = estimate.get("low"), estimate.get("high")
     if low is None or high is None:
-        return f"{estimate['value']:.3g}"
-    return f"{estimate['value']:.3g} ({low:.3g} to {high:.3g})"
+        return f"{estimate['value']:.4g}"
+    return f"{estimate['value']:.4g} ({low:.4g} to {high:.4g})"
