@@ -183,7 +183,7 @@ def arxiv(paper: str) -> str:
 
 def recipes_table(argument: str | None) -> str:
     """The registered recipes, then the stages and settings of each."""
-    from uncollapse.policy.recipe import recipes
+    from uncollapse.policy.registry import recipes
 
     known = recipes()
     rows = ((f"[`{n}`](#{n})", r.summary, arxiv(r.paper)) for n, r in known.items())

@@ -26,7 +26,7 @@ from uncollapse.integrations.interrupts import Interrupted
 from uncollapse.integrations.launch import finished, last_checkpoint, settings_of, train
 from uncollapse.integrations.settings import TrainConfig, settings
 from uncollapse.models.characters import character_tokenizer
-from uncollapse.policy.recipe import recipe
+from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.samplers import PlainSampler
 from uncollapse.runs import BrokenLines, Run
 from uncollapse.tasks.task import GeneratedTask

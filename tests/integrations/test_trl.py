@@ -18,7 +18,8 @@ import toy
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.batch import Batch
-from uncollapse.policy.recipe import Weighted, recipe, recipes
+from uncollapse.policy.recipe import Weighted
+from uncollapse.policy.registry import recipe, recipes
 from uncollapse.policy.stages.regularizers import KLPenalty
 from uncollapse.studies.testbeds.engine import LogitsEngine
 

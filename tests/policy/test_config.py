@@ -14,8 +14,9 @@ from uncollapse.policy.batch import Stat
 from uncollapse.policy.config import load_recipes, options_of, recipe_to_dict, recipe_to_yaml, resolve
 from uncollapse.policy.config.describe import describe
 from uncollapse.policy.config.names import SLOTS, register_stage, stages
-from uncollapse.policy.recipe import Recipe, Weighted, recipe, recipes
+from uncollapse.policy.recipe import Recipe, Weighted
 from uncollapse.policy.reduction import Mean, Sum
+from uncollapse.policy.registry import recipe, recipes
 from uncollapse.policy.schedules import Cosine, Linear
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.filters import DropDeadGroups

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab import loss_and_gradient, moved_on, prepared
 
 from uncollapse.policy.batch import Batch, _pad
-from uncollapse.policy.recipe import recipe, recipes
+from uncollapse.policy.registry import recipe, recipes
 
 
 def padded(batch: Batch, extra: int) -> Batch:

@@ -15,8 +15,9 @@ from lab import loss_and_gradient, moved_on, prepared
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.offers import TRL
 from uncollapse.policy.batch import UndeclaredRead, join
-from uncollapse.policy.recipe import Recipe, Weighted, recipe, register
+from uncollapse.policy.recipe import Recipe, Weighted, register
 from uncollapse.policy.reduction import Mean
+from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.regularizers import EntropyBonus, KLPenalty
 from uncollapse.policy.stages.weights import TopEntropyTokens
 from uncollapse.policy.stats import Entropy, Logp

@@ -53,7 +53,7 @@ def _status(entry: Paper) -> str:
 
 
 def _recipes() -> list[dict[str, str]]:
-    from uncollapse.policy.recipe import recipes
+    from uncollapse.policy.registry import recipes
 
     return [
         {"recipe": name, "paper": made.paper, "summary": made.summary} for name, made in recipes().items()
@@ -120,7 +120,7 @@ def _use(entry: Paper) -> list[str]:
         return ["not built yet; see the list of papers for those that are: uncollapse list papers"]
     lines = [f"python: from {entry.module.rpartition('.')[0]} import {entry.module.rpartition('.')[2]}"]
     if entry.room == "policy":
-        from uncollapse.policy.recipe import recipes
+        from uncollapse.policy.registry import recipes
 
         names = [name for name, made in recipes().items() if made.paper == entry.arxiv]
         if names:

@@ -20,7 +20,8 @@ from uncollapse.errors import ConfigError, UncollapseError, UnknownName
 from uncollapse.policy.config import read_recipe, recipe_to_dict, resolve
 from uncollapse.policy.config.coerce import coerce
 from uncollapse.policy.config.document import Located, locate, read_document
-from uncollapse.policy.recipe import Recipe, recipe
+from uncollapse.policy.recipe import Recipe
+from uncollapse.policy.registry import recipe
 
 SMALL, MEDIUM = 20_000_000, 500_000_000
 """Numbers of parameters below which the defaults are those of a toy and of a small language model."""

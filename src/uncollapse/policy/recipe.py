@@ -6,8 +6,6 @@ The way is one direction: sampler, scores, old statistics, then `prepare` (rewar
 
 from __future__ import annotations
 
-import copy
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,8 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from uncollapse.catalogue import papers
-from uncollapse.errors import ConfigError, UnknownName
+from uncollapse.errors import ConfigError
 from uncollapse.policy.batch import PARTS, Batch, Columns, Stat
 from uncollapse.policy.protocols import (
     Memory,
@@ -398,31 +395,13 @@ def _weight_map(slot: _Slot, batch: Batch) -> Tensor:
     return total.to(batch.advantage.dtype)
 
 
-# ---- registry ----------------------------------------------------------------------------------------------
-
-_RECIPES: dict[str, Recipe] = {}
+REGISTERED: dict[str, Recipe] = {}
+"""Recipes by name, filled by `register`; `uncollapse.policy.registry` looks them up."""
 
 
 def register(recipe: Recipe) -> Recipe:
     """Make a recipe known by its name. Raises `ConfigError` if the name is taken."""
-    if recipe.name in _RECIPES:
+    if recipe.name in REGISTERED:
         raise ConfigError(f"a recipe named {recipe.name!r} is registered already; choose another name")
-    _RECIPES[recipe.name] = recipe
+    REGISTERED[recipe.name] = recipe
     return recipe
-
-
-def recipe(name: str) -> Recipe:
-    """A fresh copy of a registered recipe, its memory empty. Raises `UnknownName` with the nearest names."""
-    known = recipes()
-    if name not in known:
-        raise UnknownName("recipe", name, known)
-    return copy.deepcopy(known[name])
-
-
-def recipes() -> Mapping[str, Recipe]:
-    """All registered recipes by name."""
-    importlib.import_module("uncollapse.policy.baselines")
-    for entry in papers().values():
-        if entry.room == "policy" and entry.implemented:
-            importlib.import_module(entry.module)
-    return dict(sorted(_RECIPES.items()))

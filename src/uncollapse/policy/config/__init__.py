@@ -27,8 +27,9 @@ from uncollapse.policy.batch import PARTS
 from uncollapse.policy.config.coerce import coerce
 from uncollapse.policy.config.document import Located, locate, read_document, shown
 from uncollapse.policy.config.names import name_of, slots_of, stages
-from uncollapse.policy.recipe import Recipe, Weighted, recipe, recipes
+from uncollapse.policy.recipe import Recipe, Weighted
 from uncollapse.policy.reduction import Mean, Sum
+from uncollapse.policy.registry import recipe, recipes
 from uncollapse.policy.schedules import Schedule
 from uncollapse.policy.stages.samplers import PlainSampler
 

@@ -19,8 +19,9 @@ from uncollapse.policy.entropy_mechanism import (
     kl_cov_mask,
     policy_gradient_dlogits,
 )
-from uncollapse.policy.recipe import Recipe, Weighted, recipe
+from uncollapse.policy.recipe import Recipe, Weighted
 from uncollapse.policy.reduction import Mean
+from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.samplers import PlainSampler
 from uncollapse.policy.stages.surrogates import PPOClip, Unclipped
 from uncollapse.studies.statistics import Estimate, exact, mean_over_seeds, paired_difference
