@@ -10,12 +10,18 @@ from uncollapse.report.glossary import TERMS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number + 1}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    )
+]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_python_examples_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(BLOCKS[number], f"README.md, example {number + 1}", "exec"), {})
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_examples_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block, "example", "exec"), {"__name__": "example"})
     assert capsys.readouterr().out.strip()
 
 
