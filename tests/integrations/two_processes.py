@@ -1,4 +1,4 @@
-"""Trains two steps with scripted completions and saves losses and weights; run by `test_processes.py`."""
+"""Trains two steps of each recipe with scripted completions and saves losses and weights; run by `test_processes.py`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ from test_trl import scripted
 
 from uncollapse.integrations.trl import GRPOTrainer
 
-output, name, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-trainer = GRPOTrainer(
-    toy.llama(),
-    toy.digit_share,
-    toy.config(
-        output, per_device_train_batch_size=8 // processes, gradient_accumulation_steps=2,
-        max_grad_norm=0.0, optim="sgd", learning_rate=0.5, ddp_find_unused_parameters=False,
-    ),
-    train_dataset=toy.prompts(),
-    processing_class=toy.tokenizer(),
-    rollout_func=scripted,
-    recipe=name,
-)  # fmt: skip
-trainer.train()
-if trainer.accelerator.is_main_process:
+
+def train(folder: Path, name: str, processes: int) -> dict | None:
+    """Losses and weights, on the main process."""
+    trainer = GRPOTrainer(
+        toy.llama(),
+        toy.digit_share,
+        toy.config(
+            folder, per_device_train_batch_size=8 // processes, gradient_accumulation_steps=2,
+            max_grad_norm=0.0, optim="sgd", learning_rate=0.5, ddp_find_unused_parameters=False,
+        ),
+        train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(),
+        rollout_func=scripted,
+        recipe=name,
+    )  # fmt: skip
+    trainer.train()
+    if not trainer.accelerator.is_main_process:
+        return None
     losses = [row["loss/surrogate"] for row in trainer.state.log_history if "loss/surrogate" in row]
-    weights = {k: v for k, v in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
-    torch.save({"losses": losses, "weights": weights}, output / "result.pt")
+    return {"losses": losses, "weights": dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())}
+
+
+if __name__ == "__main__":
+    output, processes, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    found = {name: train(output / name, name, processes) for name in names}
+    if found[names[0]] is not None:
+        torch.save(found, output / "result.pt")
