@@ -1,9 +1,13 @@
 """Settings that every test shares: one thread, the same examples every time, no display and no network."""
 
+import importlib.util
 import ipaddress
 import os
 import shutil
 import socket
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Before the libraries that read them are imported.
@@ -82,3 +86,17 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", local_getaddrinfo)
     monkeypatch.setattr(socket.socket, "connect", local_connect)
     monkeypatch.setattr(socket.socket, "connect_ex", local_connect_ex)
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """The maker of synthetic runs that the tests of reports share."""
+    spec = importlib.util.spec_from_file_location(
+        "uncollapse_synthetic_runs", Path(__file__).with_name("report") / "synthetic.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

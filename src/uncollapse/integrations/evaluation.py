@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from uncollapse.measure.diversity import answer_ids, distinct_answers, majority_at_k, pass_at_k
+from uncollapse.measure.statistics import Entropy, Logp
+from uncollapse.measure.token_stats import token_stats_from_logits
 from uncollapse.tasks.answers import final_answer, normalised
 from uncollapse.tasks.task import Row, Task
 
@@ -151,16 +153,15 @@ def score_probe(sampler: Sampler, probe: Mapping[str, Any], *, step: int) -> dic
     prompt, ids = probe["prompt_ids"], probe["ids"]
     with _evaluating(sampler.model), torch.no_grad():
         logits = sampler.model(torch.tensor([[*prompt, *ids]], device=device)).logits[0, len(prompt) - 1 : -1]
-        logp = torch.log_softmax(logits.float() / sampler.temperature, dim=-1)
-        entropy = torch.special.entr(logp.exp()).sum(dim=-1)
-        chosen = logp.gather(1, torch.tensor(ids, device=device)[:, None])[:, 0]
+        token = torch.tensor(ids, device=device)
+        found = token_stats_from_logits(logits, token, temperature=sampler.temperature)
     return {
         "step": step,
         "sample": probe["sample"],
         "prompt": probe["prompt"],
         "tokens": [sampler.tokenizer.decode([token]) for token in ids],
-        "entropy": entropy.tolist(),
-        "logp": chosen.tolist(),
+        "entropy": found[Entropy()].tolist(),
+        "logp": found[Logp()].tolist(),
         "reward": probe["reward"],
     }
 

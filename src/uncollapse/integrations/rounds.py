@@ -10,16 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.policy.batch import Clock
+from uncollapse.policy.stages.segments import equal_groups
 
 LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
 
 
 def dead_groups(reward: Float[Tensor, " row"], size: int) -> Bool[Tensor, " group"]:
     """Which groups of `size` consecutive rows have no two different scorable rewards (compared exactly)."""
-    grouped = reward.reshape(-1, size)
-    high = grouped.nan_to_num(nan=-torch.inf).amax(dim=1)
-    low = grouped.nan_to_num(nan=torch.inf).amin(dim=1)
-    return low >= high
+    group = torch.arange(len(reward), device=reward.device) // size
+    return equal_groups(reward, group, len(reward) // size)
 
 
 def fresh_rows(dataset: Any, count: int, first: int, clock: Clock, turn: int) -> list[Any]:

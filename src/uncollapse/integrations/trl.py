@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -190,10 +190,15 @@ class GRPOTrainer(trl.GRPOTrainer):
                     found |= self._measured(reference, output, mask, _of(wanted, "ref"))
         return found
 
-    def _reference(self) -> Any:
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        """The reference policy: a model of its own, or that of a PEFT run with its adapter disabled."""
         if self.ref_model is not None:
-            return nullcontext(self.ref_model)
-        return _adapter_off(self)
+            yield self.ref_model
+            return
+        bare = self.accelerator.unwrap_model(self.model)
+        with use_adapter(bare, adapter_name="ref" if "ref" in bare.peft_config else None):
+            yield self.model
 
     def _measured(
         self, model: Any, inputs: Mapping[str, Any], mask: Tensor, stats: list[Measured]
@@ -365,19 +370,6 @@ class GRPOTrainer(trl.GRPOTrainer):
 def _of(stats: frozenset[Stat], whose: Whose) -> list[Measured]:
     """The statistics of one policy, in an order that all processes share."""
     return sorted((s for s in stats if isinstance(s, Measured) and s.whose == whose), key=repr)
-
-
-def _adapter_off(trainer: GRPOTrainer) -> Any:
-    """The policy with its adapter disabled, which is the reference of a PEFT run."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    context = use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
-
-    @contextmanager
-    def reference() -> Iterator[Any]:
-        with context:
-            yield trainer.model
-
-    return reference()
 
 
 def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:

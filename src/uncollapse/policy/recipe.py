@@ -222,9 +222,7 @@ class Recipe:
                 continue
             if slot.key == "surrogate" and "weight" in batch.columns:
                 weights = weights * batch.columns["weight"]
-            coef = (
-                1.0 if isinstance(slot.coef, float) and slot.coef == 1.0 else value_at(slot.coef, batch.clock)
-            )
+            coef = value_at(slot.coef, batch.clock)
             value = slot.term(batch.view(slot.term.needs, slot.key), _own(batch, slot.key))
             # Outside the map a term may be anything, NaN included; `where` keeps it out of value and gradient.
             term = coef * (weights * torch.where(weights != 0, value, torch.zeros_like(value))).sum()
