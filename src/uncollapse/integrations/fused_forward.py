@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
+from uncollapse.integrations.shared_prefix import pack, packed_inputs
 from uncollapse.measure.statistics import Statistic
 from uncollapse.measure.token_stats import token_stats
 
 REQUEST = "completion_stats"
-"""Keyword of the patched forward: `(statistics, completion ids, completion mask)`."""
+"""Keyword of the patched forward: `(statistics, sampled tokens, where they count, what predicts them)`."""
 
 
 def logit_scale(config: Any) -> float:
@@ -41,10 +42,11 @@ def logit_scale(config: Any) -> float:
 
 
 def add_completion_stats(model: nn.Module, temperature: float) -> None:
-    """Let `model(..., completion_stats=(statistics, ids, mask))` return `{"0": values, "1": ...}` per statistic.
+    """Let `model(..., completion_stats=(statistics, token, mask, source))` return `{"0": values, "1": ...}` per statistic.
 
-    `ids` and `mask` are (row, time), the last `time` positions of the input; values are (row, time), 0 outside the
-    mask, differentiable, at this temperature. Without the keyword the forward is the model's own.
+    With `source` None, `token` and `mask` are (row, time), the last `time` positions of the input. Otherwise the input
+    is one row, and its position `source[i]` predicts `token[i]`. Values have the shape of `token`, 0 outside the mask,
+    differentiable, at this temperature. Without the keyword the forward is the model's own.
     """
     scale = logit_scale(model.config.get_text_config())  # type: ignore[operator, union-attr]
     original = model.forward
@@ -54,14 +56,15 @@ def add_completion_stats(model: nn.Module, temperature: float) -> None:
         request = kwargs.pop(REQUEST, None)
         if request is None:
             return original(*args, **kwargs)
-        statistics, ids, mask = request
+        statistics, token, mask, source = request
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -ids.shape[1] - 1 : -1]
+        states = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = states[:, -token.shape[1] - 1 : -1] if source is None else states[0].index_select(0, source)
         # Looked up on each call: FSDP and PEFT replace modules after patching.
         head = self.get_output_embeddings()
         values = token_stats(
             hidden.to(head.weight.device),
-            ids,
+            token,
             weight=head.weight,
             bias=head.bias,
             mask=mask,
@@ -78,7 +81,7 @@ def takes_position_ids(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
-def completion_stats(
+def padded_stats(
     model: nn.Module,
     statistics: Sequence[Statistic],
     *,
@@ -87,7 +90,7 @@ def completion_stats(
     completion_ids: Tensor,
     completion_mask: Tensor,
     counted: Tensor,
-    positions: bool,
+    positions: bool = True,
 ) -> dict[Statistic, Tensor]:
     """Statistics (row, time) of completions after left-padded prompts; `counted` says which tokens to measure.
 
@@ -97,5 +100,28 @@ def completion_stats(
     inputs = {"input_ids": torch.cat([prompt_ids, completion_ids], dim=1), "attention_mask": attention}
     if positions:
         inputs["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    values = model(**inputs, **{REQUEST: (tuple(statistics), completion_ids, counted)})
+    values = model(**inputs, **{REQUEST: (tuple(statistics), completion_ids, counted, None)})
     return {statistic: values[str(index)] for index, statistic in enumerate(statistics)}
+
+
+def packed_stats(
+    model: nn.Module,
+    statistics: Sequence[Statistic],
+    *,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    counted: Tensor,
+) -> dict[Statistic, Tensor]:
+    """The same from one packed row in which neighbouring completions of one prompt share it; needs `enable_packing`."""
+    packed = pack(prompt_ids, prompt_mask, completion_ids, completion_mask, counted)
+    request = (tuple(statistics), packed.token, None, packed.source)
+    values = model(**packed_inputs(packed), **{REQUEST: request})
+    grid = counted.new_zeros(counted.numel(), dtype=torch.float32)
+    return {
+        statistic: grid.to(values[str(index)].dtype)
+        .index_copy(0, packed.target, values[str(index)])
+        .view_as(counted)
+        for index, statistic in enumerate(statistics)
+    }

@@ -1,4 +1,4 @@
-"""Rounds of sampling in TRL: fresh prompts in place of groups whose rewards are all equal."""
+"""Rows of TRL's generation batch: fresh prompts in place of groups whose rewards are all equal, and the order of groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from uncollapse.policy.batch import Clock
+from uncollapse.policy.batch import Batch, Clock
 from uncollapse.policy.stages.segments import equal_groups
 
 LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
@@ -99,3 +99,18 @@ def fill_dead(
 
 def _rows(group: Int[Tensor, " group"], size: int) -> Int[Tensor, " row"]:
     return (group[:, None] * size + torch.arange(size, device=group.device)).reshape(-1)
+
+
+def shuffled_groups(rollout: Batch, rows: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """An order of this process's rows, numbers `rows` in the rollout batch, that shuffles whole groups by a hash."""
+    group = rollout.group[rows]
+    key = rollout.clock.uniform(group, 1, "order-of-groups")[:, 0]
+    return torch.argsort(key, stable=True)
+
+
+def ordered(output: Mapping[str, Any], order: Int[Tensor, " row"]) -> dict[str, Any]:
+    """The generation batch with its rows in this order."""
+    return {
+        name: value[order] if isinstance(value, Tensor) and value.ndim else value
+        for name, value in output.items()
+    }

@@ -6,8 +6,12 @@
 Models, PEFT, accelerate, DeepSpeed, FSDP, vLLM, logging and data loading stay TRL's. The recipe takes the place of
 TRL's advantages, loss, reduction and regularizers; options of `GRPOConfig` that ask for another one are refused.
 
-Differs from TRL: reductions run over all rows of an optimiser step on all processes (TRL's `dapo` loss divides by
-the tokens of the whole generation batch; its `grpo` loss averages per micro-batch first).
+Differs from TRL:
+- Reductions run over all rows of an optimiser step on all processes (TRL's `dapo` loss divides by the tokens of the
+  whole generation batch; its `grpo` loss averages per micro-batch first).
+- A rollout is shuffled by groups, not by rows, so that the completions of a prompt stay in one optimiser step and can
+  share it.
+- Prompts are computed once per group, and rows that have left the batch take no part in generation.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +31,19 @@ from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import split_tensor_dict, use_adapter
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
-from uncollapse.integrations.fused_forward import add_completion_stats, completion_stats, takes_position_ids
-from uncollapse.integrations.rounds import fill_dead
+from uncollapse.integrations.fused_forward import (
+    add_completion_stats,
+    packed_stats,
+    padded_stats,
+    takes_position_ids,
+)
+from uncollapse.integrations.rounds import fill_dead, ordered, shuffled_groups
+from uncollapse.integrations.shared_generation import share_generation
+from uncollapse.integrations.shared_prefix import enable_packing, supports_packing
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
 from uncollapse.policy.metrics import rollout_metrics
@@ -55,6 +67,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     Args:
         recipe: name of a registered recipe, path of a YAML file, or a `Recipe`. Group size and temperature are `num_generations` and
             `temperature` of the config, as in TRL, and replace those of the recipe's sampler.
+        share_prompts: compute a prompt once for all completions of its group, in generation and in training, where the
+            model supports it (`shares_prompts` tells). Results are the same up to rounding; off for comparisons.
 
     Everything else is an argument of TRL's trainer. Raises `ConfigError` for options that the recipe owns, for
     batch sizes that it cannot run on, and for a recipe that needs what TRL cannot provide.
@@ -67,6 +81,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         args: trl.GRPOConfig | None = None,
         *more: Any,
         recipe: str | Recipe = "grpo",
+        share_prompts: bool = True,
         **options: Any,
     ) -> None:
         args = trl.GRPOConfig("uncollapse-grpo") if args is None else args
@@ -86,13 +101,24 @@ class GRPOTrainer(trl.GRPOTrainer):
                 "mixture-of-experts and vision-language models cannot run a recipe yet; use a dense text model"
             )
         bare = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self.shares_prompts = share_prompts and supports_packing(bare)
+        self._stats_of = (
+            packed_stats if self.shares_prompts else partial(padded_stats, positions=takes_position_ids(bare))
+        )
+        if self.shares_prompts:
+            enable_packing(bare)
+            share_generation(bare)
         add_completion_stats(bare, self.temperature)
-        self._positions = takes_position_ids(bare)
         self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in bare.modules())
         if self.ref_model is not None:
-            add_completion_stats(self.accelerator.unwrap_model(self.ref_model), self.temperature)
+            reference_model = self.accelerator.unwrap_model(self.ref_model)
+            if self.shares_prompts:
+                enable_packing(reference_model)
+            add_completion_stats(reference_model, self.temperature)
         self._rollouts = 0
         self._raw_rewards: Tensor | None = None
+        self._old_stats: dict[Stat, Tensor] = {}
+        self._buffered_inputs: list[dict[str, Any]] | None = None
         self._rollout: Batch | None = None
         self._window: Batch | None = None
 
@@ -110,12 +136,46 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._finish_rollout()
         clock = Clock(step=self._rollouts, total=self._planned_rollouts(), seed=self.args.seed)
         output, reward = self._sampled(inputs, clock)
-        batch = self._gathered(self._local_batch(output, reward, clock))
-        self._rollout = self.recipe.prepare(batch)
-        self._log_rollout(batch, self._rollout)
+        self._rollout = self._gathered(self._local_batch(output, reward, clock))
+        if not self._one_forward:
+            self._prepare_rollout(self._rollout)
         output["row"] = self._local_rows(len(reward))
         self._rollouts += 1
         return output
+
+    def _prepare_rollout(self, batch: Batch) -> None:
+        self._rollout = self.recipe.prepare(batch)
+        for name, value in rollout_metrics(batch, self._rollout).items():
+            self._metrics["train"][name].append(value)
+
+    @property
+    def _one_forward(self) -> bool:
+        """Whether a rollout is one micro-batch: its forward pass with gradient then gives the old statistics as well."""
+        alone = self._generate_every() == 1 and not self._dropout
+        return alone and not (self.use_vllm and self.vllm_importance_sampling_correction)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """TRL's measurement of the rollout it has just sampled: the recipe's old statistics, with no logits held."""
+        if not self.model.training:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        cut = input_ids.shape[1] - logits_to_keep
+        inputs = {
+            "prompt_ids": input_ids[:, :cut], "prompt_mask": attention_mask[:, :cut],
+            "completion_ids": input_ids[:, cut:], "completion_mask": attention_mask[:, cut:],
+        }  # fmt: skip
+        wanted = self.recipe.stats("rollout") | {Entropy("old")}
+        self._old_stats = self._measured(model, inputs, attention_mask[:, cut:].bool(), _of(wanted, "old"))
+        return self._old_stats[Logp("old")], None, None
 
     def _local_rows(self, count: int) -> Tensor:
         """Numbers of this process's rows in the rollout batch of all."""
@@ -127,6 +187,9 @@ class GRPOTrainer(trl.GRPOTrainer):
 
         def sample(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
             output = generate(rows)
+            # Beside the tokens, so that rows sampled again bring their statistics along.
+            output |= {_column(stat): value for stat, value in self._old_stats.items()}
+            self._old_stats = {}
             return output, self._reward()[self._local_rows(len(rows))]
 
         sampler = self.recipe.sampler
@@ -179,12 +242,15 @@ class GRPOTrainer(trl.GRPOTrainer):
         return total.masked_fill(torch.isnan(matrix).all(dim=1), torch.nan)
 
     def _rollout_stats(self, output: Mapping[str, Any], mask: Tensor) -> dict[Stat, Tensor]:
+        """Statistics of the old and the reference policy; the old ones may be there already, or come with the loss."""
         wanted = self.recipe.stats("rollout") | {Entropy("old")}
+        found = {stat: output[_column(stat)] * mask for stat in wanted if _column(stat) in output}
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
         ):
-            found = self._measured(self.model, output, mask, _of(wanted, "old"))
+            if not found and not self._one_forward:
+                found = self._measured(self.model, output, mask, _of(wanted, "old"))
             if self._reads_reference:
                 with self._reference() as reference:
                     found |= self._measured(reference, output, mask, _of(wanted, "ref"))
@@ -214,9 +280,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
             part = {name: inputs[name][rows] for name in names}
             with self.accelerator.autocast():
-                pieces.append(
-                    completion_stats(model, statistics, **part, counted=mask[rows], positions=self._positions)
-                )
+                pieces.append(self._stats_of(model, statistics, **part, counted=mask[rows]))
         whole = {s: torch.cat([piece[s] for piece in pieces]) for s in statistics}
         return {stat: whole[stat.statistic] for stat in stats}
 
@@ -240,21 +304,23 @@ class GRPOTrainer(trl.GRPOTrainer):
     # ---- one optimiser step --------------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._step % self.args.gradient_accumulation_steps == 0:
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._step % self._generate_every() == 0 or self._buffered_inputs is None:
+            output = self._generate_and_score_completions(generation_batch)
+            assert self._rollout is not None
+            order = shuffled_groups(self._rollout, output["row"])
+            self._buffered_inputs = split_tensor_dict(ordered(output, order), self.args.steps_per_generation)
+        if self._step % self.args.gradient_accumulation_steps == 0 and not self._one_forward:
             self._plan_window()
-        return inputs
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _plan_window(self) -> None:
         """Plan over the rows of all micro-batches, on all processes, up to the next optimiser step."""
         start = self._step % self.args.steps_per_generation
         accumulated = self._buffered_inputs[start : start + self.args.gradient_accumulation_steps]
-        local = torch.cat([inputs["row"] for inputs in accumulated])
-        rows = self.accelerator.gather(local)
         update = (self._step % self._generate_every()) // self.args.gradient_accumulation_steps
-        rollout = self._rollout
-        assert rollout is not None
-        mini = replace(rollout[rows], clock=replace(rollout.clock, update=update))
+        mini = self._open_window(torch.cat([inputs["row"] for inputs in accumulated]), update)
         if self.recipe.has("minibatch"):
             mini = (
                 mini.old_as_now()
@@ -262,9 +328,16 @@ class GRPOTrainer(trl.GRPOTrainer):
                 else self._measured_now(mini, accumulated)
             )
         self._window = self.recipe.plan(mini)
+
+    def _open_window(self, local: Tensor, update: int) -> Batch:
+        """The rows of one optimiser step, `local` being this process's; their statistics are still to be measured."""
+        rollout = self._rollout
+        assert rollout is not None
+        rows = self.accelerator.gather(local)
         # Rows are known to the micro-batches by their number in the rollout; find them in the window.
         self._place = torch.full((len(rollout),), -1, dtype=torch.long, device=rows.device)
         self._place[rows] = torch.arange(len(rows), device=rows.device)
+        return replace(rollout[rows], clock=replace(rollout.clock, update=update))
 
     def _measured_now(self, mini: Batch, accumulated: list[Any]) -> Batch:
         """The window with the current policy's statistics: one forward pass without gradient."""
@@ -282,19 +355,49 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         if not self.model.training:
             return super()._compute_loss(model, inputs)
+        rollout = self._rollout
+        assert rollout is not None
+        wanted = self.recipe.stats("loss") | {Logp("now")}
+        if self._one_forward:
+            wanted |= {Entropy("now"), *self.recipe.stats("plan")}
+            wanted |= {stat.by("now") for stat in self.recipe.stats("rollout") if stat.whose == "old"}
+        time, width = inputs["completion_ids"].shape[1], rollout.mask.shape[1]
+        mask = self._counted(inputs)[:, :time]
+        values = self._measured(model, inputs, mask, _of(wanted, "now"))
+        if width > time:
+            values = {
+                stat: torch.nn.functional.pad(value, (0, width - time)) for stat, value in values.items()
+            }
+        if self._one_forward:
+            self._prepare_and_plan(values, inputs["row"])
         window = self._window
         assert window is not None
-        micro = window[self._place[inputs["row"]]]
-        wanted = _of(self.recipe.stats("loss") | {Logp("now")}, "now")
-        time = inputs["completion_ids"].shape[1]
-        values = self._measured(model, inputs, micro.mask[:, :time], wanted)
-        wide = micro.mask.shape[1] - time
-        if wide:
-            values = {stat: torch.nn.functional.pad(value, (0, wide)) for stat, value in values.items()}
-        report = self.recipe.loss(micro.with_stats(values))
+        report = self.recipe.loss(window[self._place[inputs["row"]]].with_stats(values))
         self._log_loss(report)
         # Data parallelism averages gradients over processes; the weight maps already span them all.
         return report.loss * self.accelerator.num_processes
+
+    def _counted(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Tokens of the micro-batch that the loss may read."""
+        if self._one_forward:
+            return self._rollout.mask[inputs["row"]]  # type: ignore[union-attr]
+        window = self._window
+        assert window is not None
+        return window.mask[self._place[inputs["row"]]]
+
+    @torch.no_grad()
+    def _prepare_and_plan(self, values: Mapping[Stat, Tensor], local: Tensor) -> None:
+        """Prepare and plan a rollout that is one micro-batch, from the statistics of its forward pass with gradient."""
+        rollout = self._rollout
+        assert rollout is not None
+        rows = self.accelerator.gather(local)
+        found = {
+            stat.by("old"): torch.zeros_like(whole).index_copy(0, rows, whole)
+            for stat, value in sorted(values.items(), key=lambda pair: repr(pair[0]))
+            for whole in [self.accelerator.gather(value.detach())]
+        }
+        self._prepare_rollout(rollout.with_stats(found))
+        self._window = self.recipe.plan(self._open_window(local, update=0).old_as_now())
 
     # ---- metrics -------------------------------------------------------------------------------------------
 
@@ -319,10 +422,6 @@ class GRPOTrainer(trl.GRPOTrainer):
         if self._rollout is not None:
             self.recipe.observe(self._rollout)
             self._rollout = None
-
-    def _log_rollout(self, raw: Batch, prepared: Batch) -> None:
-        for name, value in rollout_metrics(raw, prepared).items():
-            self._metrics["train"][name].append(value)
 
     # ---- state ---------------------------------------------------------------------------------------------
 
@@ -365,6 +464,11 @@ class GRPOTrainer(trl.GRPOTrainer):
         state = torch.load(path, weights_only=True)
         self._rollouts = int(state.pop("rollouts"))
         self.recipe.load_state_dict(state)
+
+
+def _column(stat: Stat) -> str:
+    """Where a generation batch carries a statistic of its rows."""
+    return f"statistics/{stat!r}"
 
 
 def _of(stats: frozenset[Stat], whose: Whose) -> list[Measured]:

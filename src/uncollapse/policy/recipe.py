@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class Recipe:
                 if transform.scope == scope:
                     yield slot, transform
 
+    @cached_property
     def _slots(self) -> tuple[_Slot, ...]:
         surrogate = _Slot("surrogate", self.surrogate, self.mean, 1.0, frozenset(PARTS))
         names = [type(weighted.term).__name__ for weighted in self.regularizers]
@@ -111,7 +113,7 @@ class Recipe:
         for slot in TRANSFORM_SLOTS:
             for index, transform in enumerate(getattr(self, slot)):
                 yield f"{slot}.{index}", transform
-        for place in self._slots():
+        for place in self._slots:
             yield place.key, place.term
         if self.replay is not None:
             yield "replay", self.replay
@@ -119,7 +121,7 @@ class Recipe:
     def has(self, scope: Scope) -> bool:
         """Whether any stage decides at this scope."""
         return any(True for _ in self._transforms(scope)) or any(
-            slot.term.scope == scope for slot in self._slots()
+            slot.term.scope == scope for slot in self._slots
         )
 
     @property
@@ -133,7 +135,7 @@ class Recipe:
         given = {"weight", "keep", "clipped", "advantage", "old_logp", "part", "scale", "reward"}
         given.update(*(transform.gives for slot in TRANSFORM_SLOTS for transform in getattr(self, slot)))
         needed = {need for _, stage in self.stages() for need in stage.needs if isinstance(need, str)}
-        needed.update(*(slot.mean.needs for slot in self._slots()))
+        needed.update(*(slot.mean.needs for slot in self._slots))
         return frozenset(needed - given) | {"reward"}
 
     def _now(self, scope: Scope) -> frozenset[Stat]:
@@ -141,7 +143,7 @@ class Recipe:
         needs: set[str | Stat] = set()
         for _, transform in self._transforms(scope):
             needs |= transform.needs
-        for slot in self._slots():
+        for slot in self._slots:
             if slot.term.scope == scope:
                 needs |= slot.term.needs
         if "clipped" in needs:
@@ -153,7 +155,7 @@ class Recipe:
         if moment == "plan":
             return self._now("minibatch")
         if moment == "loss":
-            needs = {need for slot in self._slots() for need in slot.term.needs}
+            needs = {need for slot in self._slots for need in slot.term.needs}
             return frozenset(n for n in needs if isinstance(n, Stat) and n.whose == "now") | self._now(
                 "microbatch"
             )
@@ -205,7 +207,7 @@ class Recipe:
         """
         batch = self._decide(batch, "minibatch", slots=TRANSFORM_SLOTS)
         present = _parts(batch).keys()
-        maps = {f"map/{slot.key}": _weight_map(slot, batch) for slot in self._slots() if slot.parts & present}
+        maps = {f"map/{slot.key}": _weight_map(slot, batch) for slot in self._slots if slot.parts & present}
         return batch.with_columns(**maps)
 
     def loss(self, batch: Batch) -> LossReport:
@@ -216,7 +218,7 @@ class Recipe:
         batch = self._decide(batch, "microbatch", slots=TRANSFORM_SLOTS, detached=True)
         total = torch.zeros((), dtype=batch.columns["map/surrogate"].dtype, device=batch.mask.device)
         terms: dict[str, Tensor] = {}
-        for slot in self._slots():
+        for slot in self._slots:
             weights = batch.columns.get(f"map/{slot.key}")
             if weights is None:  # the step holds no row of the term's parts
                 continue
@@ -272,7 +274,7 @@ class Recipe:
         seen = replace(batch, stats={s: v.detach() for s, v in batch.stats.items()}) if detached else batch
         before = tuple(slot for slot in slots if slot != "weights")
         seen = self._transform(seen, scope, slots=before)
-        terms = self._slots()
+        terms = self._slots
         seen = _decide_term(terms[0], seen, scope)
         readers = [t for _, t in self._transforms(scope) if "clipped" in t.needs]
         if readers:
