@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from trl import GRPOConfig
 
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+= "]
+SMALL = {
+    "vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def tokenizer():
@@ -20,9 +32,7 @@ def tokenizer():
 def llama(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-        tie_word_embeddings=True,
+        **SMALL, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
 
@@ -34,6 +44,31 @@ def gpt2(seed=0):
         bos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
+
+
+def qwen2():
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**SMALL))
+
+
+MODELS = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2}
+
+
+def rows(groups, prompt_lengths, lengths, seed=0, time=None):
+    """Left-padded prompts, each repeated by the size of its group, and right-padded completions."""
+    generator = torch.Generator().manual_seed(seed)
+    width, time = max(prompt_lengths), time or max(lengths)
+    prompt = torch.randint(2, len(VOCABULARY), (len(groups), width), generator=generator)
+    present = torch.arange(width) >= width - torch.tensor(prompt_lengths)[:, None]
+    times = torch.tensor(groups)
+    completion = torch.randint(2, len(VOCABULARY), (sum(groups), time), generator=generator)
+    mask = torch.arange(time) < torch.tensor(lengths)[:, None]
+    return {
+        "prompt_ids": (prompt * present).repeat_interleave(times, 0),
+        "prompt_mask": present.long().repeat_interleave(times, 0),
+        "completion_ids": completion,
+        "completion_mask": mask.long(),
+    }
 
 
 def prompts(count=32):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from uncollapse.measure.diversity import answer_ids, distinct_answers, majority_at_k, pass_at_k
 from uncollapse.measure.statistics import Entropy, Logp
@@ -31,19 +32,19 @@ class Sampler:
     def __call__(self, prompts: Sequence[Any], *, seed: int) -> Iterator[tuple[list[int], list[int], str]]:
         """For each prompt: its token ids, the ids of one completion (with its end token, if any) and its text."""
         device = next(self.model.parameters()).device
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.max_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
         with _own_randomness(seed), _evaluating(self.model), torch.no_grad():
             for start in range(0, len(prompts), self.rows_at_once):
                 inputs = self._encode(prompts[start : start + self.rows_at_once]).to(device)
                 width = inputs["input_ids"].shape[1]
-                output = self.model.generate(
-                    **inputs,
-                    do_sample=True,
-                    temperature=self.temperature,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=self.max_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
+                output = self.model.generate(**inputs, generation_config=settings)
                 for row, mask, prompt in zip(
                     output, inputs["attention_mask"], inputs["input_ids"], strict=True
                 ):

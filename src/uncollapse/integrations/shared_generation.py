@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from uncollapse.integrations.packed_weights import packed_weights
 from uncollapse.integrations.shared_prefix import distinct
 
 LEAVE_AT = 0.25
@@ -90,22 +91,23 @@ def generate_shared(
     live = torch.arange(rows, device=input_ids.device)
     stay = _asks(model, generation_config, _BY_LENGTH)
     ids, mask, reached = input_ids, attention_mask, width
-    while len(live) and reached < limit:
-        config = copy.copy(generation_config)
-        config.max_new_tokens = limit - reached
-        leave = _RowsLeave(ends, len(live))
-        criteria = StoppingCriteriaList([] if stay else [leave])
-        sources = {"input_ids": ids, "attention_mask": mask, name: cache}
-        ids = generate(**sources, generation_config=config, stopping_criteria=criteria)
-        reached = ids.shape[1]
-        done[live, :reached] = ids
-        if stay:
-            break
-        going = (~leave.ended).nonzero()[:, 0]
-        mask = nn.functional.pad(mask, (0, reached - mask.shape[1]), value=1)
-        live, ids, mask = live[going], ids[going], mask[going]
-        if len(going) < len(leave.ended):
-            cache.batch_select_indices(going)
+    with packed_weights(model, rows):
+        while len(live) and reached < limit:
+            config = copy.copy(generation_config)
+            config.max_new_tokens = limit - reached
+            leave = _RowsLeave(ends, len(live))
+            criteria = StoppingCriteriaList([] if stay else [leave])
+            sources = {"input_ids": ids, "attention_mask": mask, name: cache}
+            ids = generate(**sources, generation_config=config, stopping_criteria=criteria)
+            reached = ids.shape[1]
+            done[live, :reached] = ids
+            if stay:
+                break
+            going = (~leave.ended).nonzero()[:, 0]
+            mask = nn.functional.pad(mask, (0, reached - mask.shape[1]), value=1)
+            live, ids, mask = live[going], ids[going], mask[going]
+            if len(going) < len(leave.ended):
+                cache.batch_select_indices(going)
     return done[:, :reached]
 
 

@@ -21,7 +21,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,8 @@ from trl.trainer.utils import split_tensor_dict, use_adapter
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
-from uncollapse.integrations.fused_forward import (
-    add_completion_stats,
-    packed_stats,
-    padded_stats,
-    takes_position_ids,
-)
 from uncollapse.integrations.rounds import fill_dead, ordered, shuffled_groups
-from uncollapse.integrations.shared_generation import share_generation
-from uncollapse.integrations.shared_prefix import enable_packing, supports_packing
+from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
 from uncollapse.policy.metrics import rollout_metrics
@@ -101,26 +93,21 @@ class GRPOTrainer(trl.GRPOTrainer):
                 "mixture-of-experts and vision-language models cannot run a recipe yet; use a dense text model"
             )
         bare = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        self.shares_prompts = share_prompts and supports_packing(bare)
-        self._stats_of = (
-            packed_stats if self.shares_prompts else partial(padded_stats, positions=takes_position_ids(bare))
-        )
-        if self.shares_prompts:
-            enable_packing(bare)
-            share_generation(bare)
-        add_completion_stats(bare, self.temperature)
+        self._scorer = Scorer(bare, temperature=self.temperature, share_prompts=share_prompts)
         self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in bare.modules())
         if self.ref_model is not None:
-            reference_model = self.accelerator.unwrap_model(self.ref_model)
-            if self.shares_prompts:
-                enable_packing(reference_model)
-            add_completion_stats(reference_model, self.temperature)
+            self._scorer.admit(self.accelerator.unwrap_model(self.ref_model))
         self._rollouts = 0
         self._raw_rewards: Tensor | None = None
         self._old_stats: dict[Stat, Tensor] = {}
         self._buffered_inputs: list[dict[str, Any]] | None = None
         self._rollout: Batch | None = None
         self._window: Batch | None = None
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether prompts are computed once for all completions of their group."""
+        return self._scorer.shares_prompts
 
     # ---- rollout -------------------------------------------------------------------------------------------
 
@@ -270,19 +257,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         self, model: Any, inputs: Mapping[str, Any], mask: Tensor, stats: list[Measured]
     ) -> dict[Stat, Tensor]:
         """Measure local rows, in pieces of the micro-batch's size unless gradient is needed."""
-        if not stats:
-            return {}
-        size = len(mask) if torch.is_grad_enabled() else self.args.per_device_train_batch_size
-        statistics = list(dict.fromkeys(stat.statistic for stat in stats))
-        pieces = []
-        for start in range(0, len(mask), size):
-            rows = slice(start, start + size)
-            names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-            part = {name: inputs[name][rows] for name in names}
-            with self.accelerator.autocast():
-                pieces.append(self._stats_of(model, statistics, **part, counted=mask[rows]))
-        whole = {s: torch.cat([piece[s] for piece in pieces]) for s in statistics}
-        return {stat: whole[stat.statistic] for stat in stats}
+        rows = None if torch.is_grad_enabled() else self.args.per_device_train_batch_size
+        with self.accelerator.autocast():
+            return self._scorer(model, inputs, mask, stats, rows=rows)
 
     def _gathered(self, batch: Batch) -> Batch:
         """The batch of all processes, rows in the order of their numbers."""
@@ -318,6 +295,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _plan_window(self) -> None:
         """Plan over the rows of all micro-batches, on all processes, up to the next optimiser step."""
         start = self._step % self.args.steps_per_generation
+        assert self._buffered_inputs is not None
         accumulated = self._buffered_inputs[start : start + self.args.gradient_accumulation_steps]
         update = (self._step % self._generate_every()) // self.args.gradient_accumulation_steps
         mini = self._open_window(torch.cat([inputs["row"] for inputs in accumulated]), update)
