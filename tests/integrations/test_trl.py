@@ -54,8 +54,13 @@ class Gradients(TrainerCallback):
 
 
 def run(tmp_path, trainer_class=GRPOTrainer, model=None, **changes):
-    extra = {key: changes.pop(key) for key in ("recipe", "reward", "peft_config") if key in changes}
+    extra = {
+        key: changes.pop(key)
+        for key in ("recipe", "reward", "peft_config", "share_prompts", "rollout_func")
+        if key in changes
+    }
     reward = extra.pop("reward", toy.digit_share)
+    extra.setdefault("rollout_func", scripted)
     keep = Gradients()
     trainer = trainer_class(
         model or toy.llama(),
@@ -63,7 +68,6 @@ def run(tmp_path, trainer_class=GRPOTrainer, model=None, **changes):
         toy.config(tmp_path, **({"max_grad_norm": 0.0} | changes)),
         train_dataset=toy.prompts(),
         processing_class=toy.tokenizer(),
-        rollout_func=scripted,
         callbacks=[keep],
         **extra,
     )
@@ -89,6 +93,46 @@ def test_gradient_accumulation_changes_nothing(tmp_path, name):
     split, b = run(tmp_path / "b", recipe=name, per_device_train_batch_size=4, gradient_accumulation_steps=4)
     assert losses(split) == pytest.approx(losses(whole), abs=1e-6)
     for x, y in zip(a.gradients[0], b.gradients[0], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "clip-cov", "kl-cov", "adaptive-entropy"])
+@pytest.mark.parametrize("steps_per_generation", [1, 4])
+def test_sharing_prompts_changes_nothing(tmp_path, name, steps_per_generation):
+    changes = {
+        "recipe": name, "rollout_func": None, "max_steps": 4, "steps_per_generation": steps_per_generation,
+        "generation_kwargs": {"min_new_tokens": 6},
+    }  # fmt: skip
+    shared, a = run(tmp_path / "a", model=toy.llama(dtype=torch.float64), **changes)
+    plain, b = run(tmp_path / "b", model=toy.llama(dtype=torch.float64), **changes, share_prompts=False)
+    assert shared.shares_prompts
+    assert not plain.shares_prompts
+    assert losses(shared) == pytest.approx(losses(plain), abs=1e-6)
+    for x, y in zip(a.models[-1].values(), b.models[-1].values(), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-6)
+
+
+def test_a_rollout_of_several_updates_keeps_groups_whole(tmp_path):
+    trainer, _ = run(tmp_path, Recording, recipe="grpo", steps_per_generation=4, max_steps=4)
+    for window in trainer.windows:
+        assert sorted(window.group.unique(return_counts=True)[1].tolist()) == [4, 4]
+    order = [tuple(window.group.tolist()) for window in trainer.windows]
+    assert order != sorted(order)
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if n != "dapo"])
+def test_one_forward_pass_gives_what_two_give(tmp_path, name):
+    """A rollout in one micro-batch takes its old statistics from the pass with gradient; in two, from a pass before."""
+    one, a = run(tmp_path / "a", recipe=name, per_device_train_batch_size=16)
+    two, b = run(tmp_path / "b", recipe=name, per_device_train_batch_size=8, gradient_accumulation_steps=2)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-6)
+    metrics = [
+        {k: v for k, v in row.items() if "/" in k and "time" not in k} for row in one.state.log_history
+    ]
+    others = [{k: v for k, v in row.items() if "/" in k and "time" not in k} for row in two.state.log_history]
+    for x, y in zip(metrics, others, strict=True):
+        assert {k: v for k, v in x.items()} == pytest.approx({k: y[k] for k in x}, abs=2e-5, nan_ok=True)
+    for x, y in zip(a.gradients[-1], b.gradients[-1], strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
 
 

@@ -47,6 +47,8 @@ class Flags:
         Limit on the tokens of a completion. [by model size: 48, 128, 512]
     micro_batch
         Rows per forward pass with gradient: memory against speed, the result stays the same.
+    share_prompts
+        Compute a prompt once for all its completions, where the model supports it: faster, same result. [yes]
     checkpoint_every
         Steps between checkpoints; 0 for only the last. [a quarter of the steps]
     eval_every
@@ -68,6 +70,7 @@ class Flags:
     learning_rate: Annotated[float | None, Parameter(group=_HOW)] = None
     max_tokens: Annotated[int | None, Parameter(group=_HOW)] = None
     micro_batch: Annotated[int | None, Parameter(group=_HOW)] = None
+    share_prompts: Annotated[bool | None, Parameter(group=_HOW)] = None
     checkpoint_every: Annotated[int | None, Parameter(group=_LOOK)] = None
     eval_every: Annotated[int | None, Parameter(group=_LOOK)] = None
     eval_prompts: Annotated[int | None, Parameter(group=_LOOK)] = None

@@ -24,7 +24,7 @@ from uncollapse.policy.config.document import locate
 from uncollapse.runs import CONFIG, Run
 from uncollapse.tasks.task import Row, Task
 
-_MAY_CHANGE = frozenset({"output", "steps", "checkpoint_every", "micro_batch"})
+_MAY_CHANGE = frozenset({"output", "steps", "checkpoint_every", "micro_batch", "share_prompts"})
 """Settings that a resumed run may change: none of them changes what a step does."""
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
@@ -158,6 +158,7 @@ def _trainer(config: TrainConfig, world: World, run: Run, stop: StopRequest, pro
         train_dataset=Dataset.from_list(world.rows),
         processing_class=world.tokenizer,
         recipe=config.recipe,
+        share_prompts=config.share_prompts,
         callbacks=[Recorder(run, config, world.task, sampler, world.held_out, stop, progress)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -42,6 +42,8 @@ class TrainConfig:
         prompts: prompts per rollout.
         updates: optimiser steps per rollout. With one, clips and KL-Cov have nothing to act on.
         micro_batch: rows per forward pass with gradient; the result does not depend on it.
+        share_prompts: compute a prompt once for all its completions, where the model supports it; the result is the
+            same up to rounding.
         learning_rate: constant, AdamW.
         max_tokens: limit on the tokens of a completion.
         rows: different training prompts to draw from a task.
@@ -61,6 +63,7 @@ class TrainConfig:
     prompts: int = 16
     updates: int = 4
     micro_batch: int | None = None
+    share_prompts: bool = True
     learning_rate: float | None = None
     max_tokens: int | None = None
     rows: int = 1024
