@@ -48,12 +48,15 @@ def read_verl(path: Path, runs: Runs) -> list[Collector]:
         if match is None or b":" not in match[2]:
             continue
         row: dict[str, Any] = {"\0step": int(match[1])}
-        for pair in match[2].decode("utf-8", "replace").split(" - "):
-            name, colon, text = pair.strip().rpartition(":")
-            number = _number(text)
-            if number is not None:
-                row[name] = number
-            broken += bool(colon and number is None)
+        for pair in match[2].decode("utf-8", "replace").split(" - ")[1:]:
+            name, _, text = pair.rpartition(":")
+            try:
+                row[name] = float(text)
+            except ValueError:
+                number = _wrapped(text)
+                if number is not None:
+                    row[name] = number
+                broken += number is None
         runs.add(row)
     return _told(runs, broken)
 
@@ -94,10 +97,9 @@ def _printed(line: bytes) -> list[tuple[bytes, bytes]] | None:
     return pairs if len(names) > 1 and names & known else None
 
 
-def _number(text: str) -> float | None:
-    text = text.strip()
-    wrapped = _WRAPPED.fullmatch(text) if text.endswith(")") else None
-    return as_number(wrapped[1] if wrapped else text)
+def _wrapped(text: str) -> float | None:
+    wrapped = _WRAPPED.fullmatch(text.strip())
+    return as_number(wrapped[1]) if wrapped else None
 
 
 def _told(runs: Runs, broken: int) -> list[Collector]:

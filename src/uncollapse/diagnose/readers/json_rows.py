@@ -33,7 +33,7 @@ def read_lines(path: Path, runs: Runs, *, null_is_nan: bool = False) -> tuple[st
         if not line or line.isspace():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8", "replace"))
         except (ValueError, RecursionError):
             broken.append(number)
             continue
@@ -42,7 +42,11 @@ def read_lines(path: Path, runs: Runs, *, null_is_nan: bool = False) -> tuple[st
             continue
         if row.keys() == {"step", "data"} and isinstance(row["data"], dict):
             kind = VERL
-        runs.add(_restored(row) if null_is_nan else _plain(row))
+        if null_is_nan:
+            row = _restored(row)
+        elif line.find(b"{", 1) > 0:
+            row = _plain(row)
+        runs.add(row)
     return kind, _told(runs, broken, "line")
 
 

@@ -111,9 +111,9 @@ class _Table:
         if not whole:
             return
         numbers = np.array([number - 1 for number, _ in whole], dtype=np.int64)
-        columns = [list(column) for column in zip(*(row for _, row in whole), strict=True)]
-        tellers = columns[self.teller] if self.teller is not None else None
-        self._add(numbers, {at: _floats(column) for at, column in enumerate(columns)}, tellers)
+        texts = [list(column) for column in zip(*(row for _, row in whole), strict=True)]
+        tellers = texts[self.teller] if self.teller is not None else None
+        self._add(numbers, {at: _floats(column) for at, column in enumerate(texts)}, tellers)
 
     def _matrix(self, text: str) -> Float[np.ndarray, "row column"] | None:
         """The block as numbers, if it holds nothing else: an order faster than cell by cell."""

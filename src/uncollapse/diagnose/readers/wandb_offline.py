@@ -28,6 +28,8 @@ MAGIC = b":W&B"
 BLOCK, HEADER, CHUNK = 1 << 15, 7, 7
 LONGEST = 1 << 24
 """Bytes of the longest record that is put together."""
+MOST_NAMES = 20_000
+"""Names that are remembered."""
 _VALUE = b"\x82\x01"
 """Key of field 16, which separates the name of an item from its value."""
 
@@ -76,29 +78,51 @@ class _Reader:
             self.broken += 1
 
     def _history(self, history: bytes) -> None:
-        row: dict[str, Any] = {}
-        for number, item in fields(history):
-            if number != 1 or not isinstance(item, bytes):
-                continue
-            # Items are alike from row to row but for their values: the name is decoded once.
-            name_part, _, value = item.partition(_VALUE)
-            if name_part not in self._names:
-                self._names[name_part] = _name(name_part)
-            name = self._names[name_part]
-            if name is None or not value or value[0] != len(value) - 1 or value[0] >= 0x80:
-                name, value = _item(item)
-            else:
-                value = value[1:]
-            if name is None:
-                continue
-            try:
-                row[name] = float(value)
-            except ValueError:
-                number_in_text = as_number(value.strip(b'"').decode("utf-8", "replace"))
-                if number_in_text is not None:
-                    row[name] = number_in_text
+        row = self._usual_row(history)
+        if row is None:
+            row = dict(self._pairs(history))
         if row:
             self.runs.add(row)
+
+    def _usual_row(self, history: bytes) -> dict[str, Any] | None:
+        """The row, if all its values are short numbers; None if it has to be decoded field by field.
+
+        Rows are alike but for their values: cut at the key of the value field, each piece is a value (its length
+        before it) and the start of the next item, whose bytes stand for the same name in every row.
+        """
+        start, *pieces = history.split(_VALUE)
+        names, texts = [], []
+        for piece in pieces:
+            size = piece[0] if piece else 0x80
+            name = self._name(start[2:])
+            if size >= 0x80 or name is None or start[:2] != bytes((0x0A, len(start) + 1 + size)):
+                return None
+            names.append(name)
+            texts.append(piece[1 : size + 1])
+            start = piece[size + 1 :]
+        try:
+            return dict(zip(names, map(float, texts), strict=True))
+        except ValueError:
+            return None
+
+    def _pairs(self, history: bytes) -> Iterator[tuple[str, float]]:
+        for number, item in fields(history):
+            if number == 1 and isinstance(item, bytes):
+                name, value = _item(item)
+                scalar = as_number(value.strip(b'"').decode("utf-8", "replace"))
+                if name is not None and scalar is not None:
+                    yield name, scalar
+
+    def _name(self, part: bytes) -> str | None:
+        """The name that the fields of an item before its value spell, or None if they spell none."""
+        if part not in self._names:
+            if len(self._names) > MOST_NAMES:
+                return None
+            try:
+                self._names[part] = _item(part)[0]
+            except Malformed:
+                self._names[part] = None
+        return self._names[part]
 
     def _config(self, config: bytes) -> None:
         for number, item in fields(config):
@@ -119,14 +143,6 @@ class _Reader:
                 self.name = value.decode("utf-8", "replace")
             elif number == 4:
                 self._config(value)
-
-
-def _name(part: bytes) -> str | None:
-    """The name that an item's fields before its value spell, or None if they are no plain name."""
-    try:
-        return _item(part)[0]
-    except Malformed:
-        return None
 
 
 def _item(item: bytes) -> tuple[str | None, bytes]:
