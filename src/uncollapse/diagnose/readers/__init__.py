@@ -153,7 +153,7 @@ def _reader(path: Path, start: bytes) -> Callable[[Path, Runs], Found]:
         return lambda file, runs: (wandb_offline.FORMAT, wandb_offline.read(file, runs))
     if tensorboard.looks_like(start) or "tfevents" in path.name:
         return lambda file, runs: (tensorboard.FORMAT, tensorboard.read([file]))
-    if start.lstrip()[:1] in (b"{", b"["):
+    if start.lstrip()[:1] in (b"{", b"[") and not start.lstrip().startswith(b"{'"):
         return json_rows.read_lines if _is_lines(path, start) else json_rows.read_document
     return _text_reader(path, start)
 

@@ -33,8 +33,8 @@ LAST_STEP = 1 << 53
 SHOWN = 20
 """Most steps that a note lists."""
 
-Steps = Int[np.ndarray, " row"]
-Values = Float[np.ndarray, " row"]
+Steps = Int[np.ndarray, " _"]
+Values = Float[np.ndarray, " _"]
 
 
 @dataclass

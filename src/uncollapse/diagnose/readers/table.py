@@ -28,19 +28,19 @@ WIDEST = 20_000
 _BAND = re.compile(r"__(?:MIN|MAX)$")
 
 Cells = list[list[str]]
-Column = tuple[Values, Bool[np.ndarray, " row"]]
+Column = tuple[Values, Bool[np.ndarray, " _"]]
 """Values, and which of them were logged."""
 
 
 def separator_of(head: str) -> str | None:
-    """The separator of a table that starts so: one that cuts its first rows into the same number of cells."""
+    """The separator of a table that starts so: one that cuts most of its first rows into as many cells."""
     rows = [line for line in head.splitlines()[:20] if line.strip()]
     if not rows:
         return None
     for mark in sorted(SEPARATORS, key=lambda mark: -rows[0].count(mark)):
         widths = [len(row) for row in csv.reader(rows, delimiter=mark)]
         whole = widths[:-1] if len(widths) > 2 else widths
-        if widths[0] > 1 and sum(width == widths[0] for width in whole) >= 0.8 * len(whole):
+        if widths[0] > 1 and sum(width == widths[0] for width in whole) >= 0.5 * len(whole):
             return mark
     return None
 

@@ -37,7 +37,7 @@ _LEAST = 8
 _WEIGHT = (np.arange(1, 1025, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 """Weights of the bytes in a sum that is the same for the same tag; what else has that sum is compared and told apart."""
 
-Offsets = Int[np.ndarray, " row"]
+Offsets = Int[np.ndarray, " _"]
 Bytes = UInt8[np.ndarray, " byte"]
 Scalars = dict[str, list[tuple[Any, Any, Any]]]
 """For each tag: arrays of record number, step and value."""
