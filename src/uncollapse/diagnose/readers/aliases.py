@@ -17,7 +17,7 @@ from uncollapse.errors import UnknownName
 
 
 class Alias(NamedTuple):
-    """A framework's name for a known column. `name` may end or hold `*` for any text without a slash."""
+    """A framework's name for a known column. `*` in `name` is any text (verl's data sources have slashes)."""
 
     known: str
     framework: str
@@ -34,7 +34,6 @@ ALIASES: tuple[Alias, ...] = (
     Alias("entropy/token/mean", "verl", "actor/entropy_loss", _SIGN),
     Alias("entropy/token/mean", "OpenRLHF, slime, Stable-Baselines3", "entropy_loss", _SIGN),
     Alias("entropy/token/mean", "NeMo-RL", "approx_entropy", "estimated from the sampled tokens alone"),
-    Alias("entropy/token/mean", "TRL (PPO, RLOO)", "objective/entropy", "summed over an answer in some versions"),
     Alias("entropy/token/mean", "CleanRL", "losses/entropy"),
     Alias("entropy/token/mean", "other", "policy_entropy"),
     Alias("entropy/token/mean", "other", "policy/entropy"),
@@ -143,7 +142,7 @@ RUN_COLUMNS = ("run_id", "run_name", "run", "experiment", "trial", "seed")
 
 _EXACT = {alias.name: (rank, alias) for rank, alias in reversed(list(enumerate(ALIASES, start=1)))}
 _WILD = [
-    (re.compile("([^/]{1,200})".join(map(re.escape, alias.name.split("*")))), rank, alias)
+    (re.compile("(.{1,200})".join(map(re.escape, alias.name.split("*")))), rank, alias)
     for rank, alias in enumerate(ALIASES, start=1)
     if "*" in alias.name
 ]
