@@ -258,12 +258,36 @@ def test_links_that_go_in_circles(tmp_path):
     assert len(read(tmp_path)) == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_no_permission(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", rows(range(3)))
-    path.chmod(0)
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.csv", "a.db", "a.wandb", "events.out.tfevents.1", "trainer_state.json"]
+)
+def test_no_permission(tmp_path, monkeypatch, name):
+    path = write_rows(tmp_path / name, rows(range(3)))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)  # the superuser may read whatever a mode forbids
     with pytest.raises(DataError, match="Permission denied"):
         read(path)
+
+
+def test_a_directory_that_may_not_be_listed(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(DataError, match="Permission denied"):
+        read(tmp_path)
+
+
+def test_data_beside_a_log_is_no_log(tmp_path):
+    write_rows(tmp_path / "log.jsonl", rows(range(4)))
+    (tmp_path / "houses.csv").write_text("price,rooms\n1,2\n3,4\n")
+    (log,) = read(tmp_path)
+    assert log.format == "JSON Lines"
+    (tmp_path / "log.jsonl").unlink()
+    assert read(tmp_path)[0].format == "table"
 
 
 def test_one_broken_log_does_not_hide_the_others(tmp_path):
@@ -358,6 +382,32 @@ def test_a_second_event_file_goes_on_or_begins_again(tmp_path):
     (tmp_path / "events.out.tfevents.300").write_bytes(b"".join(events(range(1, 20))))
     last, first = read(tmp_path)
     assert (len(last), len(first)) == (19, 79)
+    # The same in one file, and where the run that begins again logs another tag first.
+    both = [
+        record(event(tag, step, 1.0 + run))
+        for run in (0, 1)
+        for step in range(30)
+        for tag in (b"loss", b"entropy")
+    ]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "events.out.tfevents.1").write_bytes(b"".join(both))
+    last, first = read(tmp_path / "one")
+    for log, value in ((last, 2.0), (first, 1.0)):
+        assert log["loss/total"].tolist() == log["entropy/token/mean"].tolist() == [value] * 30
+
+
+def test_tags_that_count_steps_of_their_own_are_one_run(tmp_path):
+    parts = []
+    for rollout in range(20):
+        parts += [record(event(b"entropy", rollout, 1.0)), record(event(b"reward", rollout, 0.5))]
+        parts += [record(event(b"loss", 4 * rollout + update, 0.1)) for update in range(4)]
+        parts += [record(event(b"eval/reward", rollout // 10, 0.1))] if rollout % 10 == 9 else []
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"".join(parts))
+    (log,) = read(tmp_path)
+    assert log.step[-1] == 79
+    assert log.has("entropy/token/mean", 20)
+    assert log.has("eval/reward", 2)
+    assert log.has("loss/total", 80)
 
 
 def test_tensors_hold_scalars_too():

@@ -18,7 +18,7 @@ from uncollapse.diagnose.readers.aliases import RUN, STEP, full_mapping
 from uncollapse.diagnose.readers.collect import Collector
 from uncollapse.diagnose.readers.flat import flat
 from uncollapse.diagnose.readers.named import log_of
-from uncollapse.diagnose.readers.places import STATE, Place, places
+from uncollapse.diagnose.readers.places import ANYTHING, STATE, Place, places
 from uncollapse.diagnose.readers.runs import Runs
 from uncollapse.diagnose.readers.text import head, lines, unreadable
 from uncollapse.errors import DataError, UncollapseError
@@ -71,14 +71,19 @@ def read(path: str | Path, *, mapping: Mapping[str, str] = {}) -> list[Log]:
 def _directory(directory: Path, mapping: Mapping[str, str]) -> list[Log]:
     found = places(directory)
     logs: list[Log] = []
+    strange: list[Log] = []
     failures: list[UncollapseError] = []
     for place in found:
         try:
-            logs += _place(place, mapping)
+            read_here = _place(place, mapping)
         except DataError as error:
             failures.append(error)
-    if logs:
-        return logs
+            continue
+        # A table or a text that lies about, such as a data set, is a log only if it has a column of one.
+        for log in read_here:
+            (logs if log.columns or place.kind not in ANYTHING else strange).append(log)
+    if logs or strange:
+        return logs or strange
     if failures and len(found) == 1:
         raise failures[0]
     told = (

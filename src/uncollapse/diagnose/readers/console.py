@@ -39,7 +39,7 @@ def format_of(head: Iterable[bytes]) -> str | None:
 
 def read_verl(path: Path, runs: Runs) -> list[Collector]:
     """The runs in what verl printed."""
-    runs.step = "\0step"
+    runs.step, runs.run = "\0step", ""
     broken = 0
     for _, line in lines(path):
         if b"step:" not in line or len(line) > LONGEST:

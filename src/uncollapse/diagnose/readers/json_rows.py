@@ -89,7 +89,7 @@ def _document(path: Path) -> Any:
 
 def _state(state: dict[str, Any], runs: Runs) -> list[Collector]:
     """A trainer state: `log_history` and what it tells of the settings. The row that sums up training is no step."""
-    runs.step = runs.step or "step"
+    runs.step, runs.run = runs.step or "step", runs.run or ""
     broken = []
     for number, row in enumerate(state["log_history"], start=1):
         if not isinstance(row, dict):

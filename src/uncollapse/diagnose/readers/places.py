@@ -28,6 +28,8 @@ _BY_NAME = (
     ("table", re.compile(r".+\.(?:csv|tsv)(?:\.gz)?")),
     ("console", re.compile(r".+\.(?:log|out|txt)(?:\.gz)?")),
 )
+ANYTHING = ("lines", "table", "console")
+"""Kinds whose names say little: the file may as well be data."""
 ORDER = ("own", "state", *(kind for kind, _ in _BY_NAME))
 
 

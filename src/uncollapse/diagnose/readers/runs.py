@@ -60,6 +60,10 @@ class Runs:
         )
         return self.collector(name, step) if self._current is not None else self._start(name)
 
+    def begin(self) -> None:
+        """Let what follows be another run."""
+        self._start("")
+
     def add_block(self, steps: Steps, columns: Mapping[str, tuple[Steps, Values]], name: str = "") -> None:
         """Add rows in the order of the file: steps of all rows; for each column the row numbers and values logged."""
         start = 0

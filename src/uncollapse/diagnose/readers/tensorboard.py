@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,13 +55,13 @@ def looks_like(head: bytes) -> bool:
 
 def read(paths: Sequence[Path]) -> list[Collector]:
     """The run that the event files of one directory hold; a file that begins again at the first step begins another."""
-    runs = Runs()
+    runs, counters = Runs(restarts=False), _Counters()
     for path in paths:
         trouble = Trouble()
         settings: dict[str, Any] = {}
         with opened(path) as stream:
             for records in _records(stream, trouble):
-                _add(runs, _scalars(records, settings, trouble))
+                _add(runs, _scalars(records, settings, trouble), counters)
         current = next(reversed(runs.found.values()), None)
         if current is None:
             continue
@@ -275,8 +277,34 @@ def _plain_tag(event: bytes, middle: int) -> str | None:
     return tag.decode("utf-8", "replace") if plain and isinstance(tag, bytes) else None
 
 
-def _add(runs: Runs, scalars: Scalars) -> None:
-    """Hand a block to the run. The tag with the most values tells whether the run began again."""
+class _Counters:
+    """Where a run begins again. Each tag may count steps of its own, so that only one tag, that with the most values, tells."""
+
+    def __init__(self) -> None:
+        self.values: Counter[str] = Counter()
+        self.first: dict[str, int] = {}
+        self.last: dict[str, int] = {}
+
+    def restarts(self, columns: Mapping[str, tuple[Offsets, Offsets]]) -> Offsets:
+        """Records of this block at which another run begins; `columns` are records and steps of each tag."""
+        self.values.update({tag: len(rows) for tag, (rows, _) in columns.items()})
+        main = self.values.most_common(1)[0][0]
+        found = np.empty(0, dtype=np.int64)
+        if main in columns:
+            rows, steps = columns[main]
+            before = np.concatenate([[self.last.get(main, steps[0])], steps[:-1]])
+            back = np.flatnonzero((steps < before) & (steps <= self.first.get(main, steps[0])))
+            found = rows[back]
+            if len(back):
+                self.first, self.last = {main: int(steps[back[-1]])}, {}
+        for tag, (_, steps) in columns.items():
+            self.first.setdefault(tag, int(steps[0]))
+            self.last[tag] = int(steps[-1])
+        return found
+
+
+def _add(runs: Runs, scalars: Scalars, counters: _Counters) -> None:
+    """Hand a block of records to the runs that they belong to."""
     columns = {}
     for tag, parts in scalars.items():
         rows, steps, values = (
@@ -299,7 +327,24 @@ def _add(runs: Runs, scalars: Scalars) -> None:
         place = np.searchsorted(every, rows[last])
         steps[place] = at[last]
         placed[tag] = (place, values[last])
-    runs.add_block(steps, placed)
+    restarts = counters.restarts({tag: (rows, at) for tag, (rows, at, _) in columns.items()})
+    cuts = [_begin(steps, int(at)) for at in np.searchsorted(every, restarts)]
+    for start, stop in pairwise([0, *cuts, len(every)]):
+        if start in cuts:
+            runs.begin()
+        bounds = {tag: np.searchsorted(place, (start, stop)) for tag, (place, _) in placed.items()}
+        part = {
+            tag: (placed[tag][0][low:high] - start, placed[tag][1][low:high])
+            for tag, (low, high) in bounds.items()
+        }
+        runs.add_block(steps[start:stop], part)
+
+
+def _begin(steps: Offsets, at: int) -> int:
+    """Where the step that holds a record begins: its other tags were logged just before."""
+    while at > 0 and steps[at - 1] == steps[at]:
+        at -= 1
+    return at
 
 
 # ---- one event, field by field -----------------------------------------------------------------------------

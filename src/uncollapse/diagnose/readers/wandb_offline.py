@@ -36,6 +36,7 @@ _VALUE = b"\x82\x01"
 
 def read(path: Path, runs: Runs) -> list[Collector]:
     """The run of one `.wandb` file."""
+    runs.run = runs.run or ""  # one file is one run
     reader = _Reader(runs)
     with opened(path) as stream:
         for record in _records(stream, reader):
