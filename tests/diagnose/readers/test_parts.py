@@ -16,7 +16,7 @@ from uncollapse.diagnose.readers.aliases import ALIASES, SHORT, full_mapping, me
 from uncollapse.diagnose.readers.collect import Collector, as_step
 from uncollapse.diagnose.readers.crc32c import crc32c, masked_crcs
 from uncollapse.diagnose.readers.flat import DEEPEST, MOST, flat
-from uncollapse.diagnose.readers.wire import Malformed, fields, only, signed, varint
+from uncollapse.diagnose.readers.wire import Malformed, fields, signed, varint
 
 # ---- names -------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,6 @@ def test_wire_numbers():
     assert list(fields(b"\x0d" + struct.pack("<f", 0.5) + b"\x11" + struct.pack("<d", 1.5))) == [
         (1, struct.pack("<f", 0.5)), (2, struct.pack("<d", 1.5)),
     ]  # fmt: skip
-    assert only(b"\x0a\x04\x12\x02hi", 1, 2) == b"hi"
     with pytest.raises(Malformed):
         varint(b"\xff" * 11, 0)
 

@@ -55,16 +55,6 @@ def fields(data: bytes) -> Iterator[Field]:
         at += length
 
 
-def only(data: bytes, *path: int) -> bytes | None:
-    """The last length-delimited value at a path of field numbers, or None."""
-    for number in path:
-        found = [value for key, value in fields(data) if key == number and isinstance(value, bytes)]
-        if not found:
-            return None
-        data = found[-1]
-    return data
-
-
 def signed(value: int) -> int:
     """A varint as a signed 64-bit integer."""
     return value - (1 << 64) if value >> 63 else value
