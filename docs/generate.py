@@ -246,7 +246,41 @@ def api_reference(argument: str | None) -> str:
     return "\n\n".join(parts) or f"`{argument}` holds no public module yet."
 
 
+def aliases_table(argument: str | None) -> str:
+    """What each framework calls the columns that `diagnose` knows."""
+    from uncollapse.diagnose.names import unit
+    from uncollapse.diagnose.readers.aliases import ALIASES
+
+    rows = (
+        (
+            f"`{a.known}`",
+            unit(a.known.replace("<k>", "1")) or "-",
+            a.framework,
+            f"`{a.name}`",
+            a.remark or "-",
+        )
+        for a in ALIASES
+    )
+    return table(("column", "unit", "framework", "its name", "remark"), rows)
+
+
+def short_names(argument: str | None) -> str:
+    """The short names of columns in a mapping given by hand."""
+    from uncollapse.diagnose.readers.aliases import SHORT
+
+    return table(("short", "column"), ((f"`{short}`", f"`{name}`") for short, name in SHORT.items()))
+
+
+def token_dump_table(argument: str | None) -> str:
+    """The columns of the token dump."""
+    from uncollapse.token_dump import COLUMNS
+
+    rows = ((f"`{c.name}`", c.type, "yes" if c.required else "-", c.unit or "-", c.meaning) for c in COLUMNS)
+    return table(("column", "type", "needed", "unit", "what it is"), rows)
+
+
 SOURCES: Mapping[str, Callable[[str | None], str]] = {
+    "aliases": aliases_table,
     "api": api_reference,
     "benchmarks": benchmarks_table,
     "cli": command_line,
@@ -255,6 +289,8 @@ SOURCES: Mapping[str, Callable[[str | None], str]] = {
     "recipes": recipes_table,
     "result": result_of,
     "results": results_table,
+    "shortnames": short_names,
+    "tokendump": token_dump_table,
 }
 
 
