@@ -57,7 +57,11 @@ def profiled(trainer: Any, run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _table(events: Any, wall: float) -> dict[str, Any]:
-    spans = [(e.time_range.start, e.time_range.end, e.name.removeprefix("part/")) for e in events if e.name.startswith("part/")]
+    spans = [
+        (e.time_range.start, e.time_range.end, e.name.removeprefix("part/"))
+        for e in events
+        if e.name.startswith("part/")
+    ]
     kind_of = {name: kind for kind, names in KINDS.items() for name in names}
     seconds: dict[str, dict[str, float]] = {}
     total = {part: sum(end - start for start, end, name in spans if name == part) / 1e6 for part in PARTS}

@@ -19,5 +19,7 @@ def prompts(tokenizer: Any, length: int, count: int) -> list[str]:
     longest = max(map(len, found))
     turns = [texts[turn] for turn in range(longest) for texts in found if turn < len(texts)]
     if len(turns) < count:
-        raise ValueError(f"only {len(turns)} of {DRAWN} questions each of {', '.join(POOL)} have {length} tokens")
+        raise ValueError(
+            f"only {len(turns)} of {DRAWN} questions each of {', '.join(POOL)} have {length} tokens"
+        )
     return turns[:count]

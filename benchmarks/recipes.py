@@ -29,11 +29,11 @@ def case() -> Case:
 
     args = settings(24, optim="sgd", steps_per_generation=2)
     known = recipes()
-    built = {
-        name: trainer(GRPOTrainer, 60, args, load("smollm2-135m")[0], recipe=name) for name in known
-    }
+    built = {name: trainer(GRPOTrainer, 60, args, load("smollm2-135m")[0], recipe=name) for name in known}
     vocabulary = {
-        name for name, recipe in known.items() if recipe.stats("loss") - {Logp("now")} or recipe.stats("plan") - {Logp("now")}
+        name
+        for name, recipe in known.items()
+        if recipe.stats("loss") - {Logp("now")} or recipe.stats("plan") - {Logp("now")}
     }
     return Case(
         size="2 prompts of 60 tokens, G=8, T=24, two steps per rollout, float32",
@@ -49,7 +49,10 @@ def case() -> Case:
                 False,
             ),
             Goal(
-                "dearest recipe with them, over grpo", lambda rows: cost(rows, vocabulary), WITH_ENTROPY, False
+                "dearest recipe with them, over grpo",
+                lambda rows: cost(rows, vocabulary),
+                WITH_ENTROPY,
+                False,
             ),
         ),
     )

@@ -48,7 +48,10 @@ def case(size: str) -> Case:
             contestants[name]()
             rows = [row for row in built.state.log_history if "loss" in row]
             first[name] = (rows[0]["loss"], rows[0]["reward"])
-        return {name: max(abs(a - b) for a, b in zip(first[name], first[OURS], strict=True)) for name in (PADDED, TRL)}
+        return {
+            name: max(abs(a - b) for a, b in zip(first[name], first[OURS], strict=True))
+            for name in (PADDED, TRL)
+        }
 
     return Case(
         size=f"P={prompt_tokens}, T={completion_tokens}, G=8, two steps, float32",
@@ -64,5 +67,7 @@ def case(size: str) -> Case:
                 False,
             ),
         ),
-        score=lambda: {"profile": {name: profiled(trainers[name], contestants[name]) for name in (OURS, TRL)}},
+        score=lambda: {
+            "profile": {name: profiled(trainers[name], contestants[name]) for name in (OURS, TRL)}
+        },
     )

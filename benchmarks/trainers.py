@@ -39,7 +39,12 @@ def trainer(make: Any, prompt_tokens: int, args: Any, model: Any = None, **optio
     loaded, tokenizer = load("smollm2-135m")
     rows = Dataset.from_list([{"prompt": text} for text in prompts(tokenizer, prompt_tokens, 16)])
     built = make(
-        model or loaded, reward_funcs=reward, args=args, train_dataset=rows, processing_class=tokenizer, **options
+        model or loaded,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **options,
     )
     built.remove_callback(PrinterCallback)
     return built

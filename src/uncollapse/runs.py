@@ -5,6 +5,7 @@ A run is a directory:
 - `config.yaml`     the resolved configuration, with `schema: 1`
 - `metrics.jsonl`   one JSON object per rollout step; keys are `step` and `area/name/statistic`
 - `tokens.jsonl`    the same probe completions re-scored at several steps (see `Run.append_tokens`)
+- `token-dump/`     every sampled token as Parquet, if asked for (see `uncollapse.token_dump`)
 - `checkpoints/`    whatever the trainer needs to resume
 - `report.html`     written by `uncollapse.report`
 
@@ -46,6 +47,7 @@ CONFIG, METRICS, TOKENS, CHECKPOINTS, REPORT = (
     "checkpoints",
     "report.html",
 )
+DUMP = "token-dump"
 COMPARE, RUNS, SUMMARY = "compare.yaml", "runs", "comparison.json"
 
 _NONFINITE = "nonfinite"

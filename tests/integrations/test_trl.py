@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -22,6 +23,7 @@ from uncollapse.policy.recipe import Weighted
 from uncollapse.policy.registry import recipe, recipes
 from uncollapse.policy.stages.regularizers import KLPenalty
 from uncollapse.studies.testbeds.engine import LogitsEngine
+from uncollapse.token_dump import read_dump
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -56,7 +58,7 @@ class Gradients(TrainerCallback):
 def run(tmp_path, trainer_class=GRPOTrainer, model=None, **changes):
     extra = {
         key: changes.pop(key)
-        for key in ("recipe", "reward", "peft_config", "share_prompts", "rollout_func")
+        for key in ("recipe", "reward", "peft_config", "share_prompts", "rollout_func", "dump_tokens")
         if key in changes
     }
     reward = extra.pop("reward", toy.digit_share)
@@ -134,6 +136,25 @@ def test_one_forward_pass_gives_what_two_give(tmp_path, name):
         assert {k: v for k, v in x.items()} == pytest.approx({k: y[k] for k in x}, abs=2e-5, nan_ok=True)
     for x, y in zip(a.gradients[-1], b.gradients[-1], strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps_per_generation": 4}, {"gradient_accumulation_steps": 2}])
+def test_a_token_dump_holds_every_rollout(tmp_path, changes):
+    trainer, _ = run(
+        tmp_path, Recording, recipe="clip-cov", max_steps=4, dump_tokens=tmp_path / "dump", **changes
+    )
+    steps = list(read_dump(tmp_path / "dump"))
+    assert [tokens.step for tokens in steps] == list(range(trainer._rollouts))
+    last, mask = steps[-1], trainer.raw.mask
+    assert len(last) == int(trainer.raw.columns["length"].sum())
+    assert last.integer("token").tolist() == trainer.raw.columns["ids"][mask].tolist()
+    rows = trainer.raw.uid[:, None].expand_as(mask)[mask]
+    assert last.integer("uid").tolist() == rows.tolist()
+    assert last.number("reward") == pytest.approx(trainer.raw.reward[rows].numpy())
+    assert (last.number("entropy") > 0).all()
+    assert set("".join(last.text)) <= set("0123456789+= <pad>eos")
+    moved = np.abs(last.number("logp") - last.number("old_logp"))[last.mask]
+    assert (moved.max() > 1e-5) == ("steps_per_generation" in changes)
 
 
 @dataclass

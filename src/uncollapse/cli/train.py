@@ -59,6 +59,8 @@ class Flags:
         Completions of each, for pass@k up to this k. [8]
     probe_every
         Steps between scorings of the same few texts; 0 for never.
+    dump_tokens
+        Write every sampled token as Parquet, so that `uncollapse diagnose --tokens` can say which spent the entropy.
     """
 
     model: Annotated[str | None, Parameter(group=_WHAT)] = None
@@ -76,6 +78,7 @@ class Flags:
     eval_prompts: Annotated[int | None, Parameter(group=_LOOK)] = None
     eval_samples: Annotated[int | None, Parameter(group=_LOOK)] = None
     probe_every: Annotated[int | None, Parameter(group=_LOOK)] = None
+    dump_tokens: Annotated[bool | None, Parameter(group=_LOOK)] = None
 
     def given(self) -> dict[str, Any]:
         """The flags that were given."""

@@ -21,10 +21,12 @@ from uncollapse.integrations.progress import Progress, Watch, unwatched
 from uncollapse.integrations.quiet import quiet_libraries, stay_offline
 from uncollapse.integrations.settings import SMALL, TrainConfig, read_settings
 from uncollapse.policy.config.document import locate
-from uncollapse.runs import CONFIG, Run
+from uncollapse.runs import CONFIG, DUMP, Run
 from uncollapse.tasks.task import Row, Task
 
-_MAY_CHANGE = frozenset({"output", "steps", "checkpoint_every", "micro_batch", "share_prompts"})
+_MAY_CHANGE = frozenset(
+    {"output", "steps", "checkpoint_every", "micro_batch", "share_prompts", "dump_tokens"}
+)
 """Settings that a resumed run may change: none of them changes what a step does."""
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
@@ -159,6 +161,7 @@ def _trainer(config: TrainConfig, world: World, run: Run, stop: StopRequest, pro
         processing_class=world.tokenizer,
         recipe=config.recipe,
         share_prompts=config.share_prompts,
+        dump_tokens=run.path / DUMP if config.dump_tokens else None,
         callbacks=[Recorder(run, config, world.task, sampler, world.held_out, stop, progress)],
     )
     trainer.remove_callback(PrinterCallback)

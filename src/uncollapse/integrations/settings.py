@@ -50,6 +50,7 @@ class TrainConfig:
         checkpoint_every, eval_every, probe_every: in steps; 0 for never (a last checkpoint is always written).
         eval_prompts, eval_samples: held-out prompts, and completions of each, for pass@k and distinct answers.
         probes: completions of the untrained model that are scored again during training.
+        dump_tokens: write every sampled token as Parquet into the run directory, for `uncollapse diagnose --tokens`.
     """
 
     recipe: Recipe = field(default_factory=lambda: recipe("grpo"))
@@ -73,6 +74,7 @@ class TrainConfig:
     eval_samples: int = 8
     probe_every: int | None = None
     probes: int = 4
+    dump_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts", "updates", "rows", "micro_batch", "max_tokens", "eval_samples"):

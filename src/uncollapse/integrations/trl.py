@@ -34,6 +34,7 @@ from trl.trainer.utils import split_tensor_dict, use_adapter
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
+from uncollapse.integrations.rollout_dump import RolloutDump
 from uncollapse.integrations.rounds import fill_dead, ordered, shuffled_groups
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
@@ -42,6 +43,7 @@ from uncollapse.policy.metrics import rollout_metrics
 from uncollapse.policy.recipe import LossReport, Recipe
 from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
 from uncollapse.policy.stats import Entropy, Logp, Measured
+from uncollapse.token_dump import TokenDump
 
 STATE_FILE = "uncollapse_recipe.pt"
 
@@ -61,6 +63,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             `temperature` of the config, as in TRL, and replace those of the recipe's sampler.
         share_prompts: compute a prompt once for all completions of its group, in generation and in training, where the
             model supports it (`shares_prompts` tells). Results are the same up to rounding; off for comparisons.
+        dump_tokens: a directory for a token dump of every rollout (`uncollapse.token_dump`); None for none.
 
     Everything else is an argument of TRL's trainer. Raises `ConfigError` for options that the recipe owns, for
     batch sizes that it cannot run on, and for a recipe that needs what TRL cannot provide.
@@ -74,6 +77,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         *more: Any,
         recipe: str | Recipe = "grpo",
         share_prompts: bool = True,
+        dump_tokens: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         args = trl.GRPOConfig("uncollapse-grpo") if args is None else args
@@ -97,6 +101,10 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in bare.modules())
         if self.ref_model is not None:
             self._scorer.admit(self.accelerator.unwrap_model(self.ref_model))
+        self._dump = None
+        if dump_tokens is not None:
+            dump = TokenDump(dump_tokens, temperature=self.temperature)
+            self._dump = RolloutDump(dump, self._tokenizer, self.accelerator)
         self._rollouts = 0
         self._raw_rewards: Tensor | None = None
         self._old_stats: dict[Stat, Tensor] = {}
@@ -108,6 +116,12 @@ class GRPOTrainer(trl.GRPOTrainer):
     def shares_prompts(self) -> bool:
         """Whether prompts are computed once for all completions of their group."""
         return self._scorer.shares_prompts
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as TRL's trainer does, and finish the last rollout."""
+        output = super().train(*args, **kwargs)
+        self._finish_rollout()
+        return output
 
     # ---- rollout -------------------------------------------------------------------------------------------
 
@@ -350,7 +364,11 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._prepare_and_plan(values, inputs["row"])
         window = self._window
         assert window is not None
-        report = self.recipe.loss(window[self._place[inputs["row"]]].with_stats(values))
+        micro = window[self._place[inputs["row"]]]
+        if self._dump is not None:
+            assert self._rollout is not None
+            self._dump.note(self._rollout, inputs["row"], micro, values[Logp("now")])
+        report = self.recipe.loss(micro.with_stats(values))
         self._log_loss(report)
         # Data parallelism averages gradients over processes; the weight maps already span them all.
         return report.loss * self.accelerator.num_processes
@@ -399,6 +417,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Let the recipe's memory see the last rollout, all of whose updates are done."""
         if self._rollout is not None:
             self.recipe.observe(self._rollout)
+            if self._dump is not None:
+                self._dump.write(self._rollout)
             self._rollout = None
 
     # ---- state ---------------------------------------------------------------------------------------------

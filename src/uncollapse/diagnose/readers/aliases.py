@@ -2,7 +2,7 @@
 
 Where several names of one log mean the same column, ours comes first and then the order of the table; the others stay
 in `Log.other`. Transformers puts `train/` before a name in TensorBoard, W&B and trackio; it is looked up without.
-Checked against TRL 1.16, verl 0.9.1 and the sources of OpenRLHF, slime and NeMo-RL.
+Checked against TRL 1.16 and verl 0.9.1; the names of other frameworks are theirs as published, and were not run here.
 """
 
 from __future__ import annotations
