@@ -1,0 +1,157 @@
+"""Diagnosis of made-up runs with known truth, and of a log of 100,000 steps.
+
+The runs are those of `uncollapse.studies.testbeds.logs` at its held-out seeds, which no threshold was chosen on. The state is
+that of the run's end; findings that a truth neither asks for nor excludes count for nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import OURS, Case, Goal
+from uncollapse.diagnose.diagnosis import diagnose
+from uncollapse.diagnose.log import Log
+from uncollapse.studies.testbeds import logs
+
+SUMMARY = "`diagnose`: time for a log of 100,000 steps with 15 columns, and what it says about made-up runs with known truth"
+STATES = ("healthy", "plateau", "collapsing", "collapsed", "exploding", "unknown")
+
+
+def long_log(steps: int, seed: int = 0) -> Log:
+    """A run that collapses late, with every column there is."""
+    rng = np.random.default_rng(seed)
+    t = np.linspace(0, 1, steps)
+    noise = {name: rng.standard_normal(steps) for name in ("h", "r", "v", "d", "l", "u", "g")}
+    entropy = 0.8 * np.exp(-4 * np.clip(t - 0.5, 0, None)) * np.exp(0.05 * noise["h"])
+    reward = 0.2 + 0.6 * t + 0.05 * noise["r"]
+    tenth = np.arange(steps) % 10 == 0
+    columns = {
+        "entropy/token/mean": entropy,
+        "reward/mean": reward,
+        "reward/std": np.abs(0.3 + 0.02 * noise["d"]),
+        "reward/zero_variance_groups": np.clip(0.2 + 0.5 * t + 0.05 * noise["d"], 0, 1),
+        "length/mean": 300 * np.exp(0.2 * noise["l"]),
+        "length/truncated": np.clip(0.05 + 0.02 * noise["l"], 0, 1),
+        "clip/high/frac": np.abs(0.01 + 0.002 * noise["u"]),
+        "clip/low/frac": np.abs(0.004 + 0.001 * noise["u"]),
+        "kl/old/k3": np.abs(0.001 + 1e-4 * noise["u"]),
+        "kl/ref/mean": 0.1 * t + 0.001 * np.abs(noise["u"]),
+        "mismatch/logp/mean": np.abs(0.01 + 0.001 * noise["u"]),
+        "grad/norm": np.exp(0.3 * noise["g"]),
+        "eval/reward": np.where(tenth, reward - 0.02 + 0.02 * noise["v"], np.nan),
+        "eval/pass@1": np.where(tenth, reward, np.nan),
+        "eval/pass@8": np.where(tenth, 0.8 + 0 * t, np.nan),
+    }
+    return Log("made up", "made up", np.arange(1, steps + 1), columns)
+
+
+def score() -> dict[str, Any]:
+    """State and findings of every held-out run against its truth, and the traps."""
+    states: Counter[tuple[str, str]] = Counter()
+    hit: Counter[str] = Counter()
+    missed: Counter[str] = Counter()
+    wrong: Counter[str] = Counter()
+    mistakes, late, covered, forecasts = [], [], 0, 0
+    for kind in logs.kinds():
+        for seed in logs.HELD_OUT:
+            case = logs.make(kind, seed)
+            found = diagnose(case.log)
+            ids = {one.id for one in found.findings}
+            states[case.state, found.state] += 1
+            hit.update(case.findings & ids)
+            missed.update(case.findings - ids)
+            wrong.update(ids - case.findings - case.allowed)
+            if case.state != found.state or case.findings - ids or ids - case.findings - case.allowed:
+                mistakes.append(
+                    {"run": f"{kind}-{seed}", "truth": case.state, "said": found.state,
+                     "missed": sorted(case.findings - ids), "wrong": sorted(ids - case.findings - case.allowed)}
+                )  # fmt: skip
+            since = next((one.since for one in found.findings if one.id.startswith("entropy-")), None)
+            if case.from_step is not None and since is not None:
+                late.append(abs(since - case.from_step) / (case.log.step[-1] - case.log.step[0]))
+    traps = {
+        trap.name: bool(
+            (said := diagnose(trap.log)).state in trap.states
+            and trap.findings <= {one.id for one in said.findings}
+            and not trap.forbidden & {one.id for one in said.findings}
+        )
+        for trap in logs.traps()
+    }
+    forecasts, covered = forecast_coverage()
+    total = sum(states.values())
+    return {
+        "runs": total,
+        "seeds": list(logs.HELD_OUT),
+        "states": [[states[truth, said] for said in STATES] for truth in STATES],
+        "labels": list(STATES),
+        "accuracy": sum(n for (truth, said), n in states.items() if truth == said) / total,
+        "findings": {
+            name: {
+                "found": hit[name],
+                "missed": missed[name],
+                "wrong": wrong[name],
+                "precision": hit[name] / (hit[name] + wrong[name]) if hit[name] + wrong[name] else None,
+                "recall": hit[name] / (hit[name] + missed[name]) if hit[name] + missed[name] else None,
+            }
+            for name in sorted({*hit, *missed, *wrong})
+        },
+        "mistakes": mistakes,
+        "median_error_of_the_begin": float(np.median(late)),
+        "forecasts": forecasts,
+        "forecasts_covered": covered,
+        "traps": traps,
+        "traps_passed": sum(traps.values()) / len(traps),
+    }
+
+
+def forecast_coverage() -> tuple[int, int]:
+    """Forecasts made half way down a steady fall, and how many of their intervals hold the step where it was spent."""
+    made = held = 0
+    for seed in range(7000, 7040):
+        rng = np.random.default_rng(seed)
+        steps, spent = int(rng.integers(100, 400)), None
+        rate = -np.log(0.15) / (steps * rng.uniform(0.6, 0.9))
+        start, noise, memory = float(np.exp(rng.uniform(-2, 1))), rng.uniform(0.02, 0.08), rng.uniform(0, 0.8)
+        spent = -np.log(0.15) / rate
+        shocks, value = rng.standard_normal(steps), 0.0
+        wiggle = []
+        for shock in shocks:
+            value = memory * value + np.sqrt(1 - memory**2) * shock
+            wiggle.append(value)
+        step = np.arange(1, steps + 1)
+        entropy = start * np.exp(-rate * step + noise * np.array(wiggle))
+        seen = int(0.5 * spent)
+        found = diagnose(Log("", "", step[:seen], {"entropy/token/mean": entropy[:seen]})).forecast
+        if found is not None and found.low is not None:
+            made += 1
+            held += found.low <= spent <= (found.high if found.high is not None else np.inf)
+    return made, held
+
+
+def case() -> Case:
+    """The 100,000 steps against a hundredth of them; the score comes with it."""
+    full, small = long_log(100_000), long_log(1_000)
+
+    def check() -> dict[str, float]:
+        if diagnose(full).state != diagnose(small).state:
+            raise RuntimeError("a hundred times more steps changed the state")
+        return {}
+
+    return Case(
+        size="100,000 steps, 15 columns, in memory",
+        contestants={OURS: lambda: diagnose(full), "1,000 steps": lambda: diagnose(small)},
+        check=check,
+        versions=("numpy", "scipy", "ruptures"),
+        goals=(
+            Goal(
+                "seconds for 100,000 steps", lambda rows: rows[OURS]["seconds"]["median"], 5.0, at_least=False
+            ),
+            Goal("states told right", lambda rows: rows["score"]["accuracy"], 0.9, at_least=True),
+            Goal("traps not fallen into", lambda rows: rows["score"]["traps_passed"], 1.0, at_least=True),
+        ),
+        warm_up={OURS: lambda: diagnose(small), "1,000 steps": lambda: diagnose(small)},
+        score=score,
+    )

@@ -1,0 +1,169 @@
+"""From a log to a diagnosis: phases, law, forecast, findings, advice. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from typing import Any
+
+from uncollapse.diagnose.advice import Advice, advise
+from uncollapse.diagnose.finding import (
+    ENTROPY,
+    REWARD,
+    SEVERITIES,
+    VALIDATION,
+    Facts,
+    Finding,
+    Severity,
+    worst,
+)
+from uncollapse.diagnose.findings import find
+from uncollapse.diagnose.findings.entropy import begins_collapsed, impossible
+from uncollapse.diagnose.forecast import Ceiling, Forecast, ceiling, forecast
+from uncollapse.diagnose.log import Log
+from uncollapse.diagnose.phases import Course, Phase, State, course
+from uncollapse.diagnose.series import Series, series
+
+SCHEMA = 1
+"""Version of what `Diagnosis.to_dict` gives; it rises when a key changes its meaning or goes."""
+
+WORDS: dict[State, str] = {
+    "healthy": "healthy",
+    "collapsing": "losing its entropy",
+    "collapsed": "collapsed",
+    "exploding": "exploding",
+    "plateau": "standing still",
+    "unknown": "not to be told from this log",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a log says about its run.
+
+    Args:
+        log: the log itself.
+        state: what the run is in now.
+        course: starting entropy (nats) and phases.
+        ceiling: the entropy law, or None where it cannot be fitted.
+        forecast: when the entropy is spent, or None where it does not fall.
+        findings: the severest first.
+        advice: what the findings ask for, the most asked first findings' first.
+    """
+
+    log: Log
+    state: State
+    course: Course
+    ceiling: Ceiling | None
+    forecast: Forecast | None
+    findings: tuple[Finding, ...]
+    advice: tuple[Advice, ...]
+
+    @property
+    def worst(self) -> Severity | None:
+        """The highest severity found, None if there is no finding."""
+        return worst(self.findings)
+
+    def at_least(self, severity: Severity) -> tuple[Finding, ...]:
+        """Findings of this severity or above."""
+        return tuple(
+            one for one in self.findings if SEVERITIES.index(one.severity) >= SEVERITIES.index(severity)
+        )
+
+    @property
+    def headline(self) -> str:
+        """One line: the state, and the finding that weighs most."""
+        return f"This run is {WORDS[self.state]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a number that is not finite is None."""
+        found = self.ceiling
+        law = None
+        if found is not None:
+            law = {
+                "reward": found.reward_column,
+                "holds": found.holds,
+                "ceiling": found.value,
+                "low": found.low,
+                "high": found.high,
+                "used": found.used,
+                "preferred": found.laws.verdict.value,
+                "effective_delta_aic": found.laws.effective_delta_aic,
+                **{
+                    fit.kind.replace(" ", "_"): {
+                        "a": fit.a, "a_se": fit.a_se, "b": fit.b, "b_se": fit.b_se,
+                        "ceiling": fit.ceiling, "ceiling_se": fit.ceiling_se, "r2": fit.r2, "n": fit.n,
+                    }
+                    for fit in (found.laws.exponential, found.laws.straight_line)
+                },
+            }  # fmt: skip
+        step = self.log.step
+        made = {
+            "schema": SCHEMA,
+            "source": self.log.source,
+            "format": self.log.format,
+            "steps": {"logged": len(self.log), "first": int(step[0]) if len(step) else None, "last": int(step[-1]) if len(step) else None},
+            "columns": {name: self.log.origin.get(name, name) for name in self.log.columns},
+            "state": self.state,
+            "worst": self.worst,
+            "entropy_start": self.course.start,
+            "phases": [asdict(phase) for phase in self.course.phases],
+            "law": law,
+            "forecast": None if self.forecast is None else {
+                key: getattr(self.forecast, key) for key in ("target", "step", "low", "high", "horizon", "decay", "fitted_from")
+            },
+            "findings": [asdict(one) for one in self.findings],
+            "advice": [
+                {
+                    "id": one.id, "title": one.title, "why": one.why, "recipe": one.recipe or None, "trl": dict(one.trl),
+                    "verl": dict(one.verl), "arxiv": list(one.arxiv), "papers": list(one.slugs), "caution": one.caution,
+                }
+                for one in self.advice
+            ],
+            "notes": [{"kind": note.kind, "text": note.text, "steps": list(note.steps)} for note in self.log.notes],
+        }  # fmt: skip
+        plain: dict[str, Any] = _plain(made)
+        return plain
+
+
+def diagnose(log: Log) -> Diagnosis:
+    """Say what a log shows. Never fails for what is in the log: what cannot be judged is left out and said."""
+    entropy, reward = series(log, ENTROPY), series(log, REWARD)
+    facts = Facts(log, *_entropy_facts(entropy, reward, series(log, VALIDATION, at_least=5)))
+    if (odd := impossible(facts)) is not None and odd.evidence.numbers[1].value < 0:
+        # A negative entropy has no course that could be compared with its start; a sum over tokens still has one.
+        facts = Facts(log, Course(facts.course.start, ()), None, None)
+    elif begins_collapsed(facts):
+        first, last = int(log.step[0]), int(log.step[-1])
+        facts = replace(
+            facts,
+            course=Course(facts.course.start, (Phase("collapsed", first, last, 1.0, 1.0),)),
+            forecast=None,
+        )
+    findings = find(facts)
+    wanted = [name for one in findings for name in one.advice]
+    return Diagnosis(
+        log, facts.course.state, facts.course, facts.ceiling, facts.forecast, findings, advise(wanted, facts)
+    )
+
+
+def _entropy_facts(
+    entropy: Series | None, reward: Series | None, held_out: Series | None
+) -> tuple[Course, Ceiling | None, Forecast | None]:
+    if entropy is None:
+        return Course(float("nan"), ()), None, None
+    found = course(entropy, reward)
+    law = None
+    for rewards in (held_out, reward):  # the law is about validation reward; training reward stands in for it
+        law = law or (ceiling(entropy, rewards) if rewards is not None else None)
+    return found, law, forecast(entropy, found.phases)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return value
