@@ -96,7 +96,7 @@ def _adaptive(facts: Facts) -> Advice:
         trl["entropy_target"] = target
     trl["entropy_coef_max"] = 0.1
     told = (
-        f"half of this run's start, {short(facts.course.start)} nats"
+        f"half of this run's start of {short(facts.course.start)} nats"
         if target
         else "half of the entropy of your first steps"
     )
@@ -128,7 +128,7 @@ def _kl_cov(facts: Facts) -> Advice:
         "kl-cov", "KL-Cov: hold high-covariance tokens near the old policy",
         "Penalises leaving the sampling policy at the tokens with the largest covariance.",
         "kl-cov", {}, {"actor_rollout_ref.actor.policy_loss.loss_mode": "kl_cov",
-                       "actor_rollout_ref.actor.policy_loss.kl_cov_ratio": 0.0002,
+                       "actor_rollout_ref.actor.policy_loss.kl_cov_ratio": 0.002,
                        "actor_rollout_ref.actor.policy_loss.ppo_kl_coef": 1.0},
         ("2505.22617",),
         "Does nothing with one update per rollout. Users report an entropy surge at step 240 (PRIME-RL/Entropy-Mechanism #20).",

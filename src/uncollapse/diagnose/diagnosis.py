@@ -27,13 +27,13 @@ from uncollapse.diagnose.series import Series, series
 SCHEMA = 1
 """Version of what `Diagnosis.to_dict` gives; it rises when a key changes its meaning or goes."""
 
-WORDS: dict[State, str] = {
-    "healthy": "healthy",
-    "collapsing": "losing its entropy",
-    "collapsed": "collapsed",
-    "exploding": "exploding",
-    "plateau": "standing still",
-    "unknown": "not to be told from this log",
+_HEADLINES: dict[State, str] = {
+    "healthy": "This run is healthy",
+    "collapsing": "This run is losing its entropy",
+    "collapsed": "This run has collapsed",
+    "exploding": "This run is exploding",
+    "plateau": "This run stands still",
+    "unknown": "This log does not say how the run is",
 }
 
 
@@ -72,8 +72,18 @@ class Diagnosis:
 
     @property
     def headline(self) -> str:
-        """One line: the state, and the finding that weighs most."""
-        return f"This run is {WORDS[self.state]}"
+        """The state in a sentence; other findings may be graver than it."""
+        text = _HEADLINES[self.state]
+        graver = (
+            self.findings
+            and self.findings[0].severity == "severe"
+            and self.state in ("healthy", "plateau", "unknown")
+        )
+        return (
+            f"{text}, but: {self.findings[0].title[0].lower()}{self.findings[0].title[1:]}"
+            if graver
+            else text
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a number that is not finite is None."""

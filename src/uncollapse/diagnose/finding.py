@@ -131,6 +131,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"
 
 
+def sentence(text: str) -> str:
+    """A note of a reader as a sentence."""
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
 def sure(*scores: float) -> Confidence:
     """Confidence of a change from its size in standard errors."""
     return "high" if min(abs(score) for score in scores) >= 2 * SIGNIFICANT else "medium"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from uncollapse.diagnose.advice import Advice
-from uncollapse.diagnose.diagnosis import WORDS, Diagnosis
+from uncollapse.diagnose.diagnosis import Diagnosis
 from uncollapse.diagnose.finding import ENTROPY, REWARD, Finding
 from uncollapse.diagnose.series import series
 from uncollapse.errors import DataError
@@ -40,7 +40,7 @@ def render(found: Sequence[Diagnosis]) -> str:
         one = found[0]
         return page.fill(
             eyebrow=f"Diagnosis \u00b7 {one.log.format} \u00b7 {one.log.source}",
-            title=_title(one),
+            title=one.headline,
             lead=_lead(one),
             tiles=_tiles(one),
             parts=_sections(one),
@@ -62,8 +62,9 @@ def write(path: str | os.PathLike[str], found: Sequence[Diagnosis]) -> Path:
     return write_text(path, render(found))
 
 
-def _title(found: Diagnosis) -> str:
-    return f"This run is {WORDS[found.state]}"
+def writer(path: str | os.PathLike[str]) -> Callable[[Diagnosis], Path]:
+    """A function that writes the page of one diagnosis to `path`, for `CollapseMonitor(at_end=...)`."""
+    return lambda found: write(path, [found])
 
 
 def _lead(found: Diagnosis) -> list[str]:
@@ -129,7 +130,7 @@ _ADVICE = (
 
 def _chapter(found: Diagnosis, prefix: str) -> Section:
     """Everything about one of several runs."""
-    blocks: list[Block] = [TextBlock(f"{_title(found)}. {' '.join(_lead(found))}")]
+    blocks: list[Block] = [TextBlock(f"{found.headline}. {' '.join(_lead(found))}")]
     blocks += [block for block in (phases.course(found, f"{prefix}-course"), _phase_table(found)) if block]
     blocks += [_card(found, one, f"{prefix}-") for one in found.findings]
     blocks += [_advice(one, f"{prefix}-") for one in found.advice]

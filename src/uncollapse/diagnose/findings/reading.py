@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from uncollapse.diagnose.finding import ENTROPY, Evidence, Facts, Finding, Number, Severity
+from uncollapse.diagnose.finding import ENTROPY, Evidence, Facts, Finding, Number, Severity, sentence
 from uncollapse.diagnose.log import Kind
 from uncollapse.diagnose.phases import FEWEST
 
@@ -58,5 +58,5 @@ def notes(facts: Facts) -> Iterator[Finding]:
             continue
         steps = tuple(step for note in said for step in note.steps)
         more = f" ({len(said) - 1} more of this kind.)" if len(said) > 1 else ""
-        yield Finding(f"log-{kind}", title, severity, f"{said[0].text.rstrip('.')}.{more}",
+        yield Finding(f"log-{kind}", title, severity, f"{sentence(said[0].text)}{more}",
                       Evidence((), steps[:50], ()), steps[0] if steps else None, "high")  # fmt: skip

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from uncollapse.diagnose.finding import Evidence, Facts, Finding, Number, Severity, ends, percent, short
+from uncollapse.diagnose.finding import (
+    Evidence,
+    Facts,
+    Finding,
+    Number,
+    Severity,
+    ends,
+    percent,
+    sentence,
+    short,
+)
 from uncollapse.diagnose.names import KNOWN
 from uncollapse.diagnose.phases import SIGNIFICANT
 from uncollapse.diagnose.series import Series
@@ -174,11 +184,27 @@ def not_finite(facts: Facts) -> Finding | None:
     if not notes:
         return None
     steps = tuple(sorted({step for note in notes for step in note.steps}))
-    last = int(facts.log.step[-1]) if len(facts.log) else 0
-    dying = bool(steps) and steps[-1] >= last
+    dead = next((name for name in _VITAL if _stopped(facts, name)), "")
     return Finding(
-        "nan-steps", "Numbers that are not finite", "severe" if dying else "warning",
-        (notes[0].text.rstrip(".") + ("; the last step is one of them." if dying else ".")),
-        Evidence((), steps[:50], (Number("steps", float(len(steps))),)), steps[0] if steps else None, "high",
-        ("clip-gradient", "smaller-steps"),
-    )  # fmt: skip
+        "nan-steps",
+        "Numbers that are not finite",
+        "severe" if dead else "warning",
+        sentence(notes[0].text)
+        + (f" {dead} has had no finite value since: the run is lost." if dead else ""),
+        Evidence((dead,) if dead else (), steps[:50], (Number("steps", float(len(steps)), "or more"),)),
+        steps[0] if steps else None,
+        "high",
+        ("clip-gradient", "smaller-steps", "roll-back"),
+    )
+
+
+_VITAL = ("loss/total", "grad/norm", "entropy/token/mean", "reward/mean")
+
+
+def _stopped(facts: Facts, name: str) -> bool:
+    """Whether a column that was logged at nearly every step has no finite value at the last three."""
+    known = np.isfinite(facts.log[name])
+    if known.sum() < 3 or known[-3:].any():
+        return False
+    last = int(np.flatnonzero(known)[-1])
+    return bool(known[: last + 1].mean() > 0.8)

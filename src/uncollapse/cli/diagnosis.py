@@ -1,0 +1,188 @@
+"""A diagnosis on the terminal: course, phases, findings, what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from uncollapse.cli.live import sparkline
+from uncollapse.cli.output import console
+from uncollapse.diagnose.advice import Advice
+from uncollapse.diagnose.diagnosis import Diagnosis
+from uncollapse.diagnose.finding import ENTROPY, REWARD, Finding, percent, short
+from uncollapse.diagnose.phases import Phase, State
+from uncollapse.diagnose.series import Series, series
+
+WIDTH = 48
+"""Characters of the strips: the course of a figure, and the phases below it."""
+
+_IN_FULL = 3
+"""Advices printed in full; the others by their titles, since five recipes at once help nobody."""
+
+_STATE: dict[State, tuple[str, str]] = {
+    "healthy": ("\u2500", "green"),
+    "plateau": ("\u2550", "bright_black"),
+    "collapsing": ("\u2572", "yellow"),
+    "collapsed": ("\u2581", "red"),
+    "exploding": ("\u2571", "magenta"),
+    "unknown": ("\u00b7", "bright_black"),
+}
+"""Mark and colour of a state: told apart without colour as well."""
+
+_SEVERITY = {"severe": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+def show(found: Diagnosis) -> None:
+    """Print everything about one run."""
+    screen = console()
+    log = found.log
+    steps = f"steps {log.step[0]:,} to {log.step[-1]:,}, {len(log):,} logged" if len(log) else "no steps"
+    screen.print(Text.assemble((log.source, "bold"), f"   {log.format}, {steps}"), soft_wrap=True)
+    _, colour = _STATE[found.state]
+    screen.print(Text(f"{found.headline}.", style=f"bold {colour}"))
+    screen.print()
+    screen.print(Padding(_course(found), (0, 0, 0, 2)))
+    for name, text in (("law", _law(found)), ("forecast", _forecast(found))):
+        if text:
+            screen.print(Padding(Text.assemble((f"{name:<10}", "dim"), text), (0, 0, 0, 2)))
+    if found.findings:
+        screen.print()
+        screen.print(Text("Findings", style="bold"))
+        for one in found.findings:
+            screen.print(Padding(_finding(one), (0, 0, 0, 2)))
+    wanted = [name for one in found.findings if one.severity != "info" for name in one.advice]
+    advice = [one for one in found.advice if one.id in wanted]
+    if advice:
+        screen.print()
+        screen.print(Text("What to try", style="bold"))
+        for index, one in enumerate(advice[:_IN_FULL], start=1):
+            screen.print(Padding(_advice(one, index), (0, 0, 0, 2)))
+        if advice[_IN_FULL:]:
+            rest = "; ".join(one.title for one in advice[_IN_FULL:])
+            screen.print(
+                Padding(
+                    Text(f"Then: {rest} (--html or --json for these in full).", style="dim"), (1, 0, 0, 2)
+                )
+            )
+
+
+def show_finding(found: Finding, *, at: int) -> None:
+    """Print one finding with the step at which it was made."""
+    console().print(Padding(Group(Text(f"step {at:,}", style="dim"), _finding(found)), (0, 0, 0, 0)))
+
+
+def _course(found: Diagnosis) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True, min_width=8)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    steps = _sampled(found)
+    for key, name, unit in ((ENTROPY, "entropy", " nats"), (REWARD, "reward", "")):
+        one = series(found.log, key)
+        if one is not None:
+            start = found.course.start if key == ENTROPY and found.course.phases else one.start
+            grid.add_row(
+                name, Text(_strip(one, steps), style="cyan"), f"{short(start)} to {short(one.end)}{unit}"
+            )
+    if found.course.phases:
+        said = ", ".join(_phase(phase) for phase in found.course.phases[-3:])
+        more = "..., " if len(found.course.phases) > 3 else ""
+        grid.add_row("phases", _phases(found.course.phases, steps), more + said)
+    return grid
+
+
+def _sampled(found: Diagnosis) -> list[float]:
+    """Evenly spaced steps, one a character."""
+    if not len(found.log):
+        return []
+    first, last = float(found.log.step[0]), float(found.log.step[-1])
+    return [first + (last - first) * i / (WIDTH - 1) for i in range(WIDTH)]
+
+
+def _strip(one: Series, steps: Sequence[float]) -> str:
+    import numpy as np
+
+    values = one.binned().at(np.asarray(steps))
+    low = min(float(values.min()), 0.0)  # a sparkline begins at zero; a reward may lie below
+    return sparkline([float(value) - low for value in values], width=WIDTH)
+
+
+def _phases(found: Sequence[Phase], steps: Sequence[float]) -> Text:
+    text = Text()
+    for step in steps:
+        phase = next((one for one in reversed(found) if one.first <= step), found[0])
+        text.append(*_STATE[phase.state])
+    return text
+
+
+def _phase(phase: Phase) -> str:
+    return f"{phase.state} {phase.first:,} to {phase.last:,}"
+
+
+def _law(found: Diagnosis) -> str:
+    law = found.ceiling
+    if law is None:
+        return ""
+    if not law.holds:
+        return "reward does not follow entropy here, so the law names no ceiling"
+    return (
+        f"ceiling {short(law.value)} (95 %: {short(law.low)} to {short(law.high)}), {percent(law.used)} of the way gone; "
+        f"preferred law: {law.laws.verdict.value}"
+    )
+
+
+def _forecast(found: Diagnosis) -> str:
+    ahead = found.forecast
+    if ahead is None:
+        return ""
+    if ahead.step is None:
+        return f"entropy lasts beyond step {ahead.horizon:,} at this pace"
+    bounds = f"{ahead.low:,} to {f'{ahead.high:,}' if ahead.high else 'unknown'}" if ahead.low else "unknown"
+    return f"entropy spent (below {short(ahead.target)} nats) at step {ahead.step:,}, 95 %: {bounds}"
+
+
+def _finding(one: Finding) -> RenderableType:
+    head = Text()
+    head.append(f"{one.severity:<8}", style=_SEVERITY[one.severity])
+    head.append(one.title, style="bold")
+    if one.since is not None:
+        head.append(f"   since step {one.since:,}", style="dim")
+    head.append(f"   confidence {one.confidence}", style="dim")
+    lines: list[RenderableType] = [head, Padding(Text(one.statement), (0, 0, 0, 8))]
+    if one.evidence.numbers:
+        lines.append(Padding(Text("; ".join(map(str, one.evidence.numbers)), style="dim"), (0, 0, 0, 8)))
+    return Group(*lines)
+
+
+def _advice(one: Advice, index: int) -> RenderableType:
+    lines: list[RenderableType] = [
+        Text.assemble(f"{index}. ", (one.title, "bold"), (_sources(one), "dim")),
+        Padding(Text(one.why), (0, 0, 0, 3)),
+    ]
+    for label, code in (("TRL, GRPOConfig:", one.trl_lines()), ("verl, overrides:", one.verl_lines())):
+        if code:
+            lines += [
+                Padding(Text(label, style="dim"), (0, 0, 0, 3)),
+                Padding(Text(code, style="green"), (0, 0, 0, 5)),
+            ]
+    if one.recipe:
+        lines.append(
+            Padding(
+                Text(
+                    f'uncollapse: --recipe {one.recipe}, or recipe="{one.recipe}" in our GRPOTrainer for TRL',
+                    style="dim",
+                ),
+                (0, 0, 0, 3),
+            )
+        )
+    if one.caution:
+        lines.append(Padding(Text.assemble(("Careful: ", "yellow"), one.caution), (0, 0, 0, 3)))
+    return Padding(Group(*lines), (0, 0, 1, 0))
+
+
+def _sources(one: Advice) -> str:
+    return f"   arXiv {', '.join(one.arxiv)}" if one.arxiv else ""
