@@ -82,12 +82,21 @@ def score() -> dict[str, Any]:
     }
     forecasts, covered = forecast_coverage()
     total = sum(states.values())
+    louder = {}
+    for loud in (2, 4):
+        right = [
+            diagnose((case := logs.make(kind, seed, loud=loud)).log).state == case.state
+            for kind in logs.kinds()
+            for seed in logs.HELD_OUT
+        ]
+        louder[str(loud)] = sum(right) / len(right)
     return {
         "runs": total,
         "seeds": list(logs.HELD_OUT),
         "states": [[states[truth, said] for said in STATES] for truth in STATES],
         "labels": list(STATES),
         "accuracy": sum(n for (truth, said), n in states.items() if truth == said) / total,
+        "accuracy_with_noise_times": louder,
         "findings": {
             name: {
                 "found": hit[name],
@@ -107,10 +116,10 @@ def score() -> dict[str, Any]:
     }
 
 
-def forecast_coverage() -> tuple[int, int]:
+def forecast_coverage(seeds: range = range(7000, 7040)) -> tuple[int, int]:
     """Forecasts made half way down a steady fall, and how many of their intervals hold the step where it was spent."""
     made = held = 0
-    for seed in range(7000, 7040):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         steps, spent = int(rng.integers(100, 400)), None
         rate = -np.log(0.15) / (steps * rng.uniform(0.6, 0.9))
@@ -127,7 +136,7 @@ def forecast_coverage() -> tuple[int, int]:
         found = diagnose(Log("", "", step[:seen], {"entropy/token/mean": entropy[:seen]})).forecast
         if found is not None and found.low is not None:
             made += 1
-            held += found.low <= spent <= (found.high if found.high is not None else np.inf)
+            held += int(found.low <= spent <= (found.high if found.high is not None else np.inf))
     return made, held
 
 

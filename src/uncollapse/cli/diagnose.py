@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from uncollapse.diagnose.diagnosis import Diagnosis
     from uncollapse.diagnose.finding import Finding, Severity
 
+_IN_FULL = 3
+"""Runs up to which each is printed in full."""
+
 FailOn = Literal["severe", "warning", "never"]
 
 
@@ -63,14 +66,24 @@ def diagnose(
     if json_:
         as_json({"schema": 1, "runs": [one.to_dict() for one in found]})
     else:
-        from uncollapse.cli.diagnosis import show
-
-        for index, one in enumerate(found):
-            if index:
-                say("")
-            show(one)
+        _print(found)
     _page(html, found)
     return int(any(_grave(one, fail_on) for one in found))
+
+
+def _print(found: Sequence[Diagnosis]) -> None:
+    from uncollapse.cli.diagnosis import overview, show
+
+    if len(found) > 1:
+        overview(found)
+    if len(found) > _IN_FULL:
+        say("")
+        say(f"{len(found)} runs; name one of them for its findings in full, or ask for --html or --json.")
+        return
+    for index, one in enumerate(found):
+        if index or len(found) > 1:
+            say("")
+        show(one)
 
 
 def _mapping(pairs: Sequence[str]) -> dict[str, str]:

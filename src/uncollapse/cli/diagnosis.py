@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uncollapse.cli.live import sparkline
-from uncollapse.cli.output import console
+from uncollapse.cli.output import console, table
 from uncollapse.diagnose.advice import Advice
 from uncollapse.diagnose.diagnosis import Diagnosis
 from uncollapse.diagnose.finding import ENTROPY, REWARD, Finding, percent, short
@@ -36,6 +36,26 @@ _STATE: dict[State, tuple[str, str]] = {
 _SEVERITY = {"severe": "bold red", "warning": "yellow", "info": "cyan"}
 
 
+def _in(content: RenderableType, left: int, *, above: int = 0, below: int = 0) -> Padding:
+    """Indented, without blanks up to the right edge."""
+    return Padding(content, (above, 0, below, left), expand=False)
+
+
+def overview(found: Sequence[Diagnosis]) -> None:
+    """Print a line for each of several runs."""
+    rows = [
+        [
+            one.log.source,
+            one.state,
+            f"{one.log.step[-1]:,}" if len(one.log) else "-",
+            one.worst or "-",
+            one.findings[0].title if one.findings else "nothing found",
+        ]
+        for one in found
+    ]
+    table(["run", "state", "last step", "worst", "first finding"], rows)
+
+
 def show(found: Diagnosis) -> None:
     """Print everything about one run."""
     screen = console()
@@ -45,34 +65,31 @@ def show(found: Diagnosis) -> None:
     _, colour = _STATE[found.state]
     screen.print(Text(f"{found.headline}.", style=f"bold {colour}"))
     screen.print()
-    screen.print(Padding(_course(found), (0, 0, 0, 2)))
+    screen.print(_in(_course(found), 2))
     for name, text in (("law", _law(found)), ("forecast", _forecast(found))):
         if text:
-            screen.print(Padding(Text.assemble((f"{name:<10}", "dim"), text), (0, 0, 0, 2)))
+            screen.print(_in(Text.assemble((f"{name:<10}", "dim"), text), 2))
     if found.findings:
         screen.print()
         screen.print(Text("Findings", style="bold"))
         for one in found.findings:
-            screen.print(Padding(_finding(one), (0, 0, 0, 2)))
+            screen.print(_in(_finding(one), 2))
     wanted = [name for one in found.findings if one.severity != "info" for name in one.advice]
     advice = [one for one in found.advice if one.id in wanted]
     if advice:
         screen.print()
         screen.print(Text("What to try", style="bold"))
-        for index, one in enumerate(advice[:_IN_FULL], start=1):
-            screen.print(Padding(_advice(one, index), (0, 0, 0, 2)))
+        for index, thing in enumerate(advice[:_IN_FULL], start=1):
+            screen.print(_in(_advice(thing, index), 2))
         if advice[_IN_FULL:]:
             rest = "; ".join(one.title for one in advice[_IN_FULL:])
-            screen.print(
-                Padding(
-                    Text(f"Then: {rest} (--html or --json for these in full).", style="dim"), (1, 0, 0, 2)
-                )
-            )
+            more = Text(f"Then: {rest} (--html or --json for these in full).", style="dim")
+            screen.print(_in(more, 2, above=1))
 
 
 def show_finding(found: Finding, *, at: int) -> None:
     """Print one finding with the step at which it was made."""
-    console().print(Padding(Group(Text(f"step {at:,}", style="dim"), _finding(found)), (0, 0, 0, 0)))
+    console().print(_in(Group(Text(f"step {at:,}", style="dim"), _finding(found)), 0))
 
 
 def _course(found: Diagnosis) -> Table:
@@ -152,7 +169,7 @@ def _finding(one: Finding) -> RenderableType:
     if one.since is not None:
         head.append(f"   since step {one.since:,}", style="dim")
     head.append(f"   confidence {one.confidence}", style="dim")
-    lines: list[RenderableType] = [head, Padding(Text(one.statement), (0, 0, 0, 8))]
+    lines: list[RenderableType] = [head, _in(Text(one.statement), 8)]
     if one.evidence.numbers:
         lines.append(Padding(Text("; ".join(map(str, one.evidence.numbers)), style="dim"), (0, 0, 0, 8)))
     return Group(*lines)
@@ -161,27 +178,20 @@ def _finding(one: Finding) -> RenderableType:
 def _advice(one: Advice, index: int) -> RenderableType:
     lines: list[RenderableType] = [
         Text.assemble(f"{index}. ", (one.title, "bold"), (_sources(one), "dim")),
-        Padding(Text(one.why), (0, 0, 0, 3)),
+        _in(Text(one.why), 3),
     ]
     for label, code in (("TRL, GRPOConfig:", one.trl_lines()), ("verl, overrides:", one.verl_lines())):
         if code:
             lines += [
-                Padding(Text(label, style="dim"), (0, 0, 0, 3)),
-                Padding(Text(code, style="green"), (0, 0, 0, 5)),
+                _in(Text(label, style="dim"), 3),
+                _in(Text(code, style="green"), 5),
             ]
     if one.recipe:
-        lines.append(
-            Padding(
-                Text(
-                    f'uncollapse: --recipe {one.recipe}, or recipe="{one.recipe}" in our GRPOTrainer for TRL',
-                    style="dim",
-                ),
-                (0, 0, 0, 3),
-            )
-        )
+        ours = f'uncollapse: --recipe {one.recipe}, or recipe="{one.recipe}" in our GRPOTrainer for TRL'
+        lines.append(_in(Text(ours, style="dim"), 3))
     if one.caution:
-        lines.append(Padding(Text.assemble(("Careful: ", "yellow"), one.caution), (0, 0, 0, 3)))
-    return Padding(Group(*lines), (0, 0, 1, 0))
+        lines.append(_in(Text.assemble(("Careful: ", "yellow"), one.caution), 3))
+    return _in(Group(*lines), 0, below=1)
 
 
 def _sources(one: Advice) -> str:

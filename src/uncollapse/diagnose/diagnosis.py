@@ -166,7 +166,7 @@ def _entropy_facts(
     law = None
     for rewards in (held_out, reward):  # the law is about validation reward; training reward stands in for it
         law = law or (ceiling(entropy, rewards) if rewards is not None else None)
-    return found, law, forecast(entropy, found.phases)
+    return found, law, forecast(entropy, found)
 
 
 def _plain(value: Any) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, inf, log, nan, sqrt
+from math import ceil, floor, inf, log, nan, sqrt
 
 import numpy as np
 from jaxtyping import Float
 from scipy.special import stdtrit
 
-from uncollapse.diagnose.phases import SPENT, Phase
+from uncollapse.diagnose.phases import SPENT, Course
 from uncollapse.diagnose.series import Series
 from uncollapse.errors import DataError
 from uncollapse.measure.entropy_law import LawComparison, LawVerdict, compare_laws
@@ -28,8 +27,8 @@ class Forecast:
 
     `step` is None if that lies beyond `horizon` (a step) or the entropy does not fall; `low` and `high` bound it at 95 %
     (`high` None: no bound within the horizon). `start`, `decay` and `origin` give the line
-    H = start * exp(-decay * (step - origin)) in nats per token and 1/steps, with `error` the standard error of its
-    logarithm at each of `steps`.
+    H = start * exp(-decay * (step - origin)) in nats per token and 1/steps; `variance` is that of log `start` and of `decay`,
+    independent at `origin`, `quantile` the Student quantile of the band.
     """
 
     target: float
@@ -41,7 +40,7 @@ class Forecast:
     decay: float
     origin: float
     fitted_from: int
-    covariance: tuple[float, float, float]
+    variance: tuple[float, float]
     quantile: float
 
     def line(
@@ -50,53 +49,60 @@ class Forecast:
         """Middle, low and high of the forecast entropy (nats) at `steps`, 95 % band of the mean."""
         ahead = steps - self.origin
         middle = log(self.start) - self.decay * ahead
-        level, both, slope = self.covariance
-        half = self.quantile * np.sqrt(np.maximum(level - 2 * both * ahead + slope * ahead**2, 0.0))
+        level, slope = self.variance
+        half = self.quantile * np.sqrt(level + slope * ahead**2)
         return np.exp(middle), np.exp(middle - half), np.exp(middle + half)
 
 
-def forecast(entropy: Series, phases: Sequence[Phase]) -> Forecast | None:
+def forecast(entropy: Series, course: Course) -> Forecast | None:
     """Straight line in log-entropy over the phase in which it falls now, carried on; None unless the run is collapsing.
 
-    The interval is Fieller's: all steps at which the confidence band of the line meets the target. Its errors count
-    autocorrelated steps as few.
+    The interval is Fieller's: all steps at which the confidence band of the line meets the target, whose own error (it is a
+    share of a noisy start) counts as well. Autocorrelated steps count as few.
     """
-    if not phases or phases[-1].state != "collapsing":
+    if course.state != "collapsing":
         return None
     binned = entropy.binned()
-    part = binned.step >= phases[-1].first
-    step, value = binned.step[part], np.maximum(binned.value[part], 1e-3 * entropy.start)
+    part = binned.step >= course.phases[-1].first
+    step, value = binned.step[part], np.maximum(binned.value[part], 1e-3 * course.start)
     if len(step) < 5:
         return None
-    return _fit(step, np.log(value), SPENT * entropy.start, float(entropy.step[0]))
+    return _fit(
+        step,
+        np.log(value),
+        SPENT * course.start,
+        (entropy.start_error / course.start) ** 2,
+        float(entropy.step[0]),
+    )
 
 
-def _fit(step: np.ndarray, values: np.ndarray, target: float, begin: float) -> Forecast:
+def _fit(step: np.ndarray, values: np.ndarray, target: float, target_var: float, begin: float) -> Forecast:
     n, origin, now = len(step), float(step.mean()), float(step[-1])
     along = step - origin
     spread = float(along @ along)
     slope, level = -float(along @ values) / spread, float(values.mean())
     rest = values - level + slope * along
     power = float(rest @ rest)
-    rho = min(max(float(rest[1:] @ rest[:-1]) / power, 0.0), 0.95) if power > 0 else 0.0
+    rho = float(rest[1:] @ rest[:-1]) / power if power > 0 else 0.0
+    # About a fitted line the autocorrelation comes out too small by (2 + 4 rho) / n, which matters in short phases.
+    rho = min(max((n * rho + 2) / (n - 4), 0.0), 0.95)
     repeats = (1 + rho) / (1 - rho)
-    free = max(n / repeats - 2, 1.0)
     variance = power / max(n - 2, 1) * repeats
-    quantile = float(stdtrit(free, 0.975))
+    quantile = float(stdtrit(max(n / repeats - 2, 1.0), 0.975))
     horizon = now + HORIZON * max(now - begin, 1.0)
     step_at = origin + (level - log(target)) / slope if slope > 0 else inf
-    low, high = _fieller(level - log(target), slope, variance / n, variance / spread, quantile)
+    low, high = _fieller(level - log(target), slope, variance / n + target_var, variance / spread, quantile)
     return Forecast(
         target=target,
         horizon=ceil(horizon),
         step=ceil(step_at) if step_at <= horizon else None,
-        low=max(ceil(origin + low), ceil(now)) if origin + low <= horizon else None,
+        low=max(floor(origin + low), ceil(now)) if origin + low <= horizon else None,
         high=ceil(origin + high) if origin + high <= horizon else None,
         start=float(np.exp(level)),
         decay=slope,
         origin=origin,
         fitted_from=int(step[0]),
-        covariance=(variance / n, 0.0, variance / spread),
+        variance=(variance / n, variance / spread),
         quantile=quantile,
     )
 

@@ -19,7 +19,7 @@ import numpy as np
 import ruptures
 from jaxtyping import Float
 
-from uncollapse.diagnose.series import Series
+from uncollapse.diagnose.series import Series, running_median
 
 State = Literal["healthy", "collapsing", "collapsed", "exploding", "plateau", "unknown"]
 
@@ -151,20 +151,12 @@ def course(entropy: Series, reward: Series | None) -> Course:
 def _relative(entropy: Series, start: float) -> Float[np.ndarray, " row"]:
     """Log of entropy over its starting level, spikes of single steps removed; zero and below become the floor."""
     level = max(start, 1e-9)
-    values = entropy.value
-    if len(values) >= 5:
-        # A single step says nothing about a phase: it is replaced when it leaves its neighbours by far.
-        middle = entropy.smooth
-        away = np.abs(values - middle) > 6 * max(entropy.noise, 1e-12 * level)
-        values = np.where(away & ~_kept(away), middle, values)
+    # A step or two that leave their four neighbours by far say nothing about a phase. (The median of five follows any
+    # slope, also at the ends.)
+    middle = running_median(entropy.value, 5)
+    away = np.abs(entropy.value - middle) > 6 * max(entropy.noise, 1e-12 * level)
+    values = np.where(away, middle, entropy.value)
     return np.log(np.maximum(values / level, 1e-3))
-
-
-def _kept(away: np.ndarray) -> np.ndarray:
-    """Flags whose neighbours are flagged as well: three in a row are no spike."""
-    padded = np.r_[False, False, away, False, False].astype(int)
-    near = padded[:-4] + padded[1:-3] + padded[2:-2] + padded[3:-1] + padded[4:]
-    return near >= 3
 
 
 def _cut(entropy: np.ndarray, reward: np.ndarray | None) -> list[tuple[int, int]]:

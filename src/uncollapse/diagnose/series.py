@@ -25,6 +25,9 @@ BINS = 400
 HEAD = 100
 """Points at the start that are kept as they are, since runs collapse in their first steps."""
 
+LARGEST = 1e100
+"""Beyond this a number is taken for not finite: sums of its squares are not."""
+
 FIRST = (0.05, 3, 20)
 """The run's own first steps: this share of the logged points, at least and at most so many of them. A longer stretch
 would already hold the collapse of a run that collapses early."""
@@ -57,17 +60,21 @@ class Series:
     @cached_property
     def smooth(self) -> Vector:
         """Running median over a twentieth of the points (at least 5): single spikes are gone, steps stay steep."""
-        return _running_median(self.value, max(5, len(self) // 20))
+        return running_median(self.value, max(5, len(self) // 20))
 
     @cached_property
     def _rest(self) -> Vector:
         # A wide window: a narrow one follows autocorrelated noise, and takes it for the course of the run.
-        return self.value - _running_median(self.value, max(11, len(self) // 6))
+        return self.value - running_median(self.value, max(11, len(self) // 6))
 
     @cached_property
     def noise(self) -> float:
-        """Standard deviation about a running median over a sixth of the points, from the median absolute deviation."""
-        return _spread(self._rest)
+        """Standard deviation about a running median over a sixth of the points, from the median absolute deviation.
+
+        Or that of neighbours about each other where it is larger: a median follows some of the noise.
+        """
+        jumps = np.diff(self.value)
+        return max(_spread(self._rest), _spread(jumps) / sqrt(2) if jumps.size else 0.0)
 
     @cached_property
     def repeats(self) -> float:
@@ -77,6 +84,11 @@ class Series:
         rho = float(rest[1:] @ rest[:-1]) / power if power > 0 else 0.0
         rho = min(max(rho, 0.0), 0.9)
         return (1 + rho) / (1 - rho)
+
+    @cached_property
+    def start_error(self) -> float:
+        """Standard error of `start`."""
+        return self.noise * sqrt(1.57 * self.repeats / _count(len(self), FIRST))
 
     @cached_property
     def score(self) -> float:
@@ -112,7 +124,7 @@ class Series:
 def series(log: Log, name: str, *, at_least: int = 1) -> Series | None:
     """A column without its gaps, or None if fewer than `at_least` finite values were logged."""
     values = np.asarray(log[name], dtype=np.float64)
-    known = np.isfinite(values)
+    known = np.abs(values) < LARGEST
     if known.sum() < at_least:
         return None
     return Series(name, np.asarray(log.step, dtype=np.float64)[known], values[known])
@@ -123,11 +135,12 @@ def _count(n: int, rule: tuple[float, int, int]) -> int:
     return min(max(round(share * n), least), most, n)
 
 
-def _running_median(values: Vector, width: int) -> Vector:
+def running_median(values: Vector, width: int) -> Vector:
+    """Median of `width` values around each, the ends repeated; over 5000 values, and for wide windows, an approximation."""
     width = min(width | 1, len(values) - (len(values) + 1) % 2)
     if width < 3:
         return values
-    if len(values) <= 5000:
+    if len(values) <= 5000 or width <= 9:
         return np.asarray(median_filter(values, size=width, mode="nearest"))
     # A long log: medians of blocks, straight lines between them, at a cost that does not grow with the width.
     half = max(width // 4, 1)

@@ -69,8 +69,8 @@ def kinds() -> tuple[str, ...]:
     return tuple(_KINDS)
 
 
-def make(kind: str, seed: int) -> Case:
-    """One run of a kind. Raises `UnknownName` for a kind that is not in `kinds()`."""
+def make(kind: str, seed: int, *, loud: float = 1.0) -> Case:
+    """One run of a kind, its noise `loud` times as strong. Raises `UnknownName` for a kind that is not in `kinds()`."""
     if kind not in _KINDS:
         raise UnknownName("kind of run", kind, _KINDS)
     rng = np.random.default_rng([seed, *kind.encode()])
@@ -80,7 +80,7 @@ def make(kind: str, seed: int) -> Case:
         source=f"{kind}-{seed}",
         format="made up",
         step=draft.step,
-        columns=_logged(draft),
+        columns=_logged(draft, loud),
         settings=draft.settings,
     )
     return replace(case, kind=kind, seed=seed, log=log)
@@ -122,7 +122,7 @@ def _healthy(rng: np.random.Generator) -> _Draft:
     )
 
 
-def _logged(draft: _Draft) -> dict[str, Vector]:
+def _logged(draft: _Draft, loud: float) -> dict[str, Vector]:
     """Noise on everything, shares inside [0, 1], some columns missing that the truth does not rest on."""
     out = {}
     for name, clean in draft.columns.items():
@@ -132,7 +132,7 @@ def _logged(draft: _Draft) -> dict[str, Vector]:
         if name == "lr":
             out[name] = clean
             continue
-        noise = _autoregressive(draft)
+        noise = loud * _autoregressive(draft)
         if name.startswith(("reward/mean", "eval/")):
             spread = float(np.ptp(clean)) or float(np.abs(clean).mean()) or 1.0
             values = clean + draft.noise * max(spread, 0.3 * float(np.abs(clean).max())) * noise
