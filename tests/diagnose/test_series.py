@@ -85,5 +85,5 @@ def test_bins_bound_the_length_and_keep_the_head_and_the_mean_course(n):
 def test_scale_and_shift_of_the_unit_change_no_judgement(values, scale, shift):
     one, other = made(values), made(scale * np.asarray(values) + shift)
     assert other.start == pytest.approx(scale * one.start + shift, abs=1e-6 * scale + 1e-6)
-    if one.noise > 1e-3 * (1 + abs(np.asarray(values)).max()):
+    if one.noise > 1e-3 * (1 + abs(np.asarray(values)).max()) and len(set(values)) == len(values):
         assert other.score == pytest.approx(one.score, rel=1e-3, abs=1e-6)

@@ -64,17 +64,19 @@ class Series:
 
     @cached_property
     def _rest(self) -> Vector:
-        # A wide window: a narrow one follows autocorrelated noise, and takes it for the course of the run.
-        return self.value - running_median(self.value, max(11, len(self) // 6))
+        """What is left without the course of the series."""
+        # A window as wide as the course allows: a narrow one follows autocorrelated noise and takes it for the course.
+        return self.value - running_median(self.value, max(7, len(self) // 6))
 
     @cached_property
     def noise(self) -> float:
-        """Standard deviation about a running median over a sixth of the points, from the median absolute deviation.
+        """Standard deviation of the noise, from median absolute deviations.
 
-        Or that of neighbours about each other where it is larger: a median follows some of the noise.
+        That about the course, or that of each value about its two neighbours where it is larger: the course follows some
+        of any noise, neighbours follow each other where it is autocorrelated.
         """
-        jumps = np.diff(self.value)
-        return max(_spread(self._rest), _spread(jumps) / sqrt(2) if jumps.size else 0.0)
+        bends = self.value[1:-1] - (self.value[:-2] + self.value[2:]) / 2
+        return max(_spread(self._rest), _spread(bends) / sqrt(1.5) if bends.size else 0.0)
 
     @cached_property
     def repeats(self) -> float:

@@ -58,7 +58,7 @@ def plateau(facts: Facts) -> Finding | None:
     return Finding(
         "reward-plateau", "Nothing moves any more", "info",
         f"Reward has stood at {short(found.end)} and entropy at {short(phase.end * facts.course.start)} nats since step {phase.first:,}.",
-        Evidence((REWARD, ENTROPY), (phase.first,), (*ends(found, "reward"), Number("since", phase.first, "step"))),
+        Evidence((REWARD, ENTROPY), (phase.first,), ends(found, "reward")),
         phase.first, "medium", ("harder-prompts", "dynamic-sampling"),
     )  # fmt: skip
 
