@@ -223,6 +223,7 @@ def test_what_a_log_lacks_is_said():
     one = found(made(entropy__token__mean=None, other={"actor_h": noise()}))["no-entropy"]
     assert "--map entropy=NAME" in one.statement
     assert one.advice == ("log-entropy",)
+    assert set(found(made([Note("unmapped", "no entropy")], entropy__token__mean=None))) == {"no-entropy"}
     log = made()
     few = Log("log", "x", log.step[:5], {name: values[:5] for name, values in log.columns.items()})
     assert found(few)["log-short"].evidence.numbers[0].value == 5

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import stdtrit
 
-from uncollapse.diagnose.phases import SPENT, Course
+from uncollapse.diagnose.phases import FEWEST, SPENT, Course
 from uncollapse.diagnose.series import Series
 from uncollapse.errors import DataError
 from uncollapse.measure.entropy_law import LawComparison, LawVerdict, compare_laws
@@ -141,9 +141,9 @@ class Ceiling:
 
 
 def ceiling(entropy: Series, reward: Series) -> Ceiling | None:
-    """Fit the laws to the steps that have both; None if they cannot be fitted."""
+    """Fit the laws to the steps that have both; None if they cannot be fitted or there are fewer than `FEWEST`."""
     common, mine, theirs = np.intersect1d(entropy.step, reward.step, return_indices=True)
-    if common.size < 5:
+    if common.size < FEWEST:
         return None
     pair = (Series("", common, column).binned() for column in (entropy.value[mine], reward.value[theirs]))
     h, r = (one.value for one in pair)

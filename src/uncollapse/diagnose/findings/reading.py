@@ -54,7 +54,7 @@ def notes(facts: Facts) -> Iterator[Finding]:
     """What the reader noticed, one finding a kind."""
     for kind, (severity, title) in _NOTES.items():
         said = [note for note in facts.log.notes if note.kind == kind]
-        if not said:
+        if not said or (kind == "unmapped" and facts.series(ENTROPY, 1) is None):  # `no_entropy` says it
             continue
         steps = tuple(step for note in said for step in note.steps)
         more = f" ({len(said) - 1} more of this kind.)" if len(said) > 1 else ""
