@@ -234,6 +234,77 @@ def benchmarks_table(argument: str | None) -> str:
     return body.strip()
 
 
+def scored(name: str) -> dict[str, Any]:
+    """What a benchmark recorded besides its times; empty if it has not run yet."""
+    found = json.loads(BENCHMARKS.read_text(encoding="utf-8"))["benchmarks"] if BENCHMARKS.is_file() else {}
+    return dict(found.get(name, {}).get("score", {}))
+
+
+def confusion_table(argument: str | None) -> str:
+    """What `diagnose` said about made-up runs of known truth."""
+    score = scored("diagnose")
+    if not score:
+        return "Not measured yet. `python -m benchmarks --only diagnose` measures it."
+    labels = score["labels"]
+    rows = [(f"**{truth}**", *counts) for truth, counts in zip(labels, score["states"], strict=True)]
+    parts = [
+        f"{score['runs']} runs (seeds {', '.join(map(str, score['seeds']))} of every kind): {100 * score['accuracy']:.0f} % told right. "
+        + " ".join(
+            f"With {loud} times the noise: {100 * share:.0f} %."
+            for loud, share in score["accuracy_with_noise_times"].items()
+        ),
+        table(("truth, said:", *labels), rows),
+    ]
+    found = [
+        (f"`{name}`", one["found"], one["missed"], one["wrong"], figure(one["precision"]), figure(one["recall"]))
+        for name, one in score["findings"].items()
+    ]
+    parts.append(table(("finding", "found", "missed", "wrongly said", "precision", "recall"), found))
+    if score["mistakes"]:
+        parts.append(
+            table(
+                ("run", "truth", "said", "missed", "wrongly said"),
+                (
+                    (m["run"], m["truth"], m["said"], ", ".join(m["missed"]) or "-", ", ".join(m["wrong"]) or "-")
+                    for m in score["mistakes"]
+                ),
+            )
+        )
+    passed = sum(score["traps"].values())
+    parts.append(
+        f"The step where entropy begins to move is off by {100 * score['median_error_of_the_begin']:.1f} % of the run (median). "
+        f"Of {score['forecasts']} forecasts made half way, {score['forecasts_covered']} intervals (95 % asked for) held the step at which "
+        f"the entropy was spent. Traps not fallen into: {passed} of {len(score['traps'])} ({', '.join(score['traps'])})."
+    )
+    return "\n\n".join(parts)
+
+
+def advice_table(argument: str | None) -> str:
+    """Everything that `diagnose` may advise, with the names in the trainers; numbers that come from a run are examples."""
+    import numpy as np
+
+    from uncollapse.diagnose.advice import ADVICE
+    from uncollapse.diagnose.finding import Facts
+    from uncollapse.diagnose.log import Log
+    from uncollapse.diagnose.phases import Course
+
+    example = Facts(Log("", "", np.arange(1), {}), Course(0.8, ()), None, None)
+    rows = []
+    for one in (make(example) for make in ADVICE.values()):
+        settings = [f"`{line.strip(', ')}`" for line in one.trl_lines().splitlines()]
+        settings += [f"`{line.rstrip(' ' + chr(92))}`" for line in one.verl_lines().splitlines()]
+        rows.append(
+            (
+                one.title,
+                f"[`{one.recipe}`](recipes.md#{one.recipe})" if one.recipe else "-",
+                "<br>".join(settings) or "-",
+                ", ".join(map(arxiv, one.arxiv)) or "-",
+                one.caution or "-",
+            )
+        )
+    return table(("what", "recipe", "TRL, verl", "from", "careful"), rows)
+
+
 def api_reference(argument: str | None) -> str:
     """One reference entry per public module of a room."""
     base = ROOT / "src" / "uncollapse" / (argument or "")
@@ -281,9 +352,11 @@ def token_dump_table(argument: str | None) -> str:
 
 SOURCES: Mapping[str, Callable[[str | None], str]] = {
     "aliases": aliases_table,
+    "advice": advice_table,
     "api": api_reference,
     "benchmarks": benchmarks_table,
     "cli": command_line,
+    "confusion": confusion_table,
     "glossary": glossary,
     "papers": papers_table,
     "recipes": recipes_table,
