@@ -169,3 +169,46 @@ def test_a_file_that_changes_is_seen(tmp_path):
     path.write_text("xy")
     assert command._stamp(tmp_path) != before
     assert command._stamp(tmp_path / "absent") == ()
+
+
+@pytest.fixture
+def dump(tmp_path):
+    pytest.importorskip("pyarrow")
+    from uncollapse.token_dump import TokenDump
+
+    rng = np.random.default_rng(0)
+    made = TokenDump(tmp_path / "dump")
+    for step in range(2):
+        token = rng.integers(0, 5, (8, 6))
+        made.write(
+            step, token=token, mask=np.ones((8, 6), bool), old_logp=-rng.exponential(size=(8, 6)), advantage=rng.normal(size=8),
+            entropy=rng.random((8, 6)), text=[[f"<b>{i}" for i in row] for row in token],
+        )  # fmt: skip
+    return tmp_path / "dump"
+
+
+def test_a_token_dump_is_accounted_for_everywhere(capsys, tmp_path, dump):
+    path, page = csv_of(tmp_path / "run.csv", "short-log"), tmp_path / "page.html"
+    code, out, _ = run(capsys, "diagnose", path, "--tokens", dump, "--html", page)
+    assert code == 0
+    assert "Which tokens spent the entropy" in out
+    assert "rare rewarded" in out
+    html = page.read_text(encoding="utf-8")
+    assert '<section id="tokens"' in html
+    assert "&lt;b&gt;" in html
+    assert "<b>1" not in html
+    data = json.loads(run(capsys, "diagnose", path, "--tokens", dump, "--json")[1])
+    assert data["tokens"]["tokens"] == 96
+    assert sum(one["drive"] for one in data["tokens"]["quadrants"].values()) == pytest.approx(
+        data["tokens"]["drive"]
+    )
+
+
+def test_tokens_go_with_one_run_looked_at_once(capsys, tmp_path, dump):
+    (tmp_path / "runs").mkdir()
+    for name in ("a", "b"):
+        path = csv_of(tmp_path / "runs" / f"{name}.csv", "short-log")
+    code, _, err = run(capsys, "diagnose", tmp_path / "runs", "--tokens", dump)
+    assert (code, "here are 2; name one of them" in err) == (2, True)
+    code, _, err = run(capsys, "diagnose", path, "--tokens", dump, "--watch")
+    assert (code, "leave it out with --watch" in err) == (2, True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -15,6 +16,7 @@ from uncollapse.cli.output import as_json, note, say
 from uncollapse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from uncollapse.diagnose.attribution import Attribution
     from uncollapse.diagnose.diagnosis import Diagnosis
     from uncollapse.diagnose.finding import Finding, Severity
 
@@ -29,6 +31,7 @@ def diagnose(
     /,
     *,
     map_: Annotated[tuple[str, ...], Parameter(name="--map", consume_multiple=True, negative="")] = (),
+    tokens: Path | None = None,
     html: Path | None = None,
     fail_on: FailOn = "severe",
     watch: Annotated[bool, Parameter(negative="")] = False,
@@ -50,6 +53,8 @@ def diagnose(
         A log file, or a directory that holds one or more.
     map_
         Which column is which, where the names do not say: `entropy=NAME reward=NAME`.
+    tokens
+        A token dump of this run: says which tokens spent the entropy.
     html
         Write a page with figures to this file.
     fail_on
@@ -60,14 +65,22 @@ def diagnose(
         Seconds between two looks with `--watch`.
     """
     mapping = _mapping(map_)
+    if watch and tokens is not None:
+        raise ConfigError("--tokens looks at a dump once; leave it out with --watch")
     if watch:
         return _follow(path, mapping, html=html, fail_on=fail_on, every=every, json_=json_)
     found = _diagnosed(path, mapping)
+    account = None if tokens is None else _account(tokens, len(found))
     if json_:
-        as_json({"schema": 1, "runs": [one.to_dict() for one in found]})
+        told = {} if account is None else {"tokens": _plain(account)}
+        as_json({"schema": 1, "runs": [one.to_dict() for one in found], **told})
     else:
         _print(found)
-    _page(html, found)
+        if account is not None:
+            from uncollapse.cli.diagnosis import show_tokens
+
+            show_tokens(account)
+    _page(html, found, account)
     return int(any(_grave(one, fail_on) for one in found))
 
 
@@ -103,11 +116,37 @@ def _diagnosed(path: Path, mapping: dict[str, str]) -> list[Diagnosis]:
     return [judge(log) for log in read(path, mapping=mapping)]
 
 
-def _page(html: Path | None, found: Sequence[Diagnosis]) -> None:
+def _account(tokens: Path, runs: int) -> Attribution:
+    from uncollapse.diagnose.attribution import attribute
+
+    if runs != 1:
+        raise ConfigError(f"--tokens is about one run, and here are {runs}; name one of them")
+    return attribute(tokens)
+
+
+def _plain(found: Attribution) -> dict[str, Any]:
+    """The account for programs; units as in `uncollapse.diagnose.attribution`."""
+    from uncollapse.diagnose.attribution import FRACTIONS
+
+    return {
+        "tokens": found.tokens,
+        "drive": found.drive,
+        "shares": {f"{fraction:g}": share for fraction, share in zip(FRACTIONS, found.shares, strict=True)},
+        "quadrants": {name: asdict(one) for name, one in found.quadrants.items()},
+        "spenders": [_finite(asdict(one)) for one in found.spenders],
+        "keepers": [_finite(asdict(one)) for one in found.keepers],
+    }
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
+
+
+def _page(html: Path | None, found: Sequence[Diagnosis], account: Attribution | None = None) -> None:
     if html is not None:
         from uncollapse.report import diagnosis
 
-        note(f"page: {diagnosis.write(html, found)}")
+        note(f"page: {diagnosis.write(html, found, account)}")
 
 
 def _grave(found: Diagnosis, fail_on: FailOn) -> tuple[Finding, ...]:

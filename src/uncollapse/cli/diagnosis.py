@@ -12,6 +12,7 @@ from rich.text import Text
 from uncollapse.cli.live import sparkline
 from uncollapse.cli.output import console, table
 from uncollapse.diagnose.advice import Advice
+from uncollapse.diagnose.attribution import FRACTIONS, Attribution
 from uncollapse.diagnose.diagnosis import Diagnosis
 from uncollapse.diagnose.finding import ENTROPY, REWARD, Finding, percent, short
 from uncollapse.diagnose.phases import Phase, State
@@ -90,6 +91,24 @@ def show(found: Diagnosis) -> None:
 def show_finding(found: Finding, *, at: int) -> None:
     """Print one finding with the step at which it was made."""
     console().print(_in(Group(Text(f"step {at:,}", style="dim"), _finding(found)), 0))
+
+
+def show_tokens(found: Attribution) -> None:
+    """Print which tokens spent the entropy."""
+    screen = console()
+    share = dict(zip(FRACTIONS, found.shares, strict=True))[0.02]
+    screen.print()
+    screen.print(Text("Which tokens spent the entropy (to first order)", style="bold"))
+    text = f"{found.tokens:,} tokens of {len(found.steps)} steps; the top 2 % carry {percent(share)} of what pushed entropy down"
+    screen.print(_in(Text(text), 2))
+    for name, one in found.quadrants.items():
+        screen.print(
+            _in(Text(f"{name:<20}{short(one.drive):>10} advantage x nats, {one.tokens:,} tokens"), 2)
+        )
+    for title, tokens in (("spent most", found.spenders[:8]), ("kept most", found.keepers[:8])):
+        if tokens:
+            words = ", ".join(f"{one.text!r} ({short(one.drive)})" for one in tokens)
+            screen.print(_in(Text.assemble((f"{title:<12}", "dim"), words), 2))
 
 
 def _course(found: Diagnosis) -> Table:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from uncollapse.diagnose.advice import Advice
+from uncollapse.diagnose.attribution import Attribution
 from uncollapse.diagnose.diagnosis import Diagnosis
 from uncollapse.diagnose.finding import ENTROPY, REWARD, Finding
 from uncollapse.diagnose.series import series
 from uncollapse.errors import DataError
-from uncollapse.report import figures, page, phases, sections
+from uncollapse.report import attribution, figures, page, phases, sections
 from uncollapse.report.blocks import (
     AdviceBlock,
     Block,
@@ -29,13 +30,16 @@ from uncollapse.report.words import level, number, percent
 from uncollapse.runs import write_text
 
 
-def render(found: Sequence[Diagnosis]) -> str:
+def render(found: Sequence[Diagnosis], tokens: Attribution | None = None) -> str:
     """The page as HTML: a section each for one run; for several, an overview and one chapter a run.
 
-    Raises `DataError` if there is no run.
+    `tokens` is the account of a token dump, for the page of one run. Raises `DataError` if there is no run, or several
+    and `tokens`.
     """
     if not found:
         raise DataError("there is no run to write a page about")
+    if tokens is not None and len(found) > 1:
+        raise DataError(f"a token dump belongs to one run, and here are {len(found)}; name one of them")
     if len(found) == 1:
         one = found[0]
         return page.fill(
@@ -43,7 +47,7 @@ def render(found: Sequence[Diagnosis]) -> str:
             title=one.headline,
             lead=_lead(one),
             tiles=_tiles(one),
-            parts=_sections(one),
+            parts=_sections(one, tokens),
         )
     parts = [_overview(found)]
     parts += [_chapter(one, f"run{index}") for index, one in enumerate(found, start=1)]
@@ -57,9 +61,11 @@ def render(found: Sequence[Diagnosis]) -> str:
     )
 
 
-def write(path: str | os.PathLike[str], found: Sequence[Diagnosis]) -> Path:
-    """Write the page to `path`, atomically. Raises `DataError` if it cannot be written."""
-    return write_text(path, render(found))
+def write(
+    path: str | os.PathLike[str], found: Sequence[Diagnosis], tokens: Attribution | None = None
+) -> Path:
+    """Write the page to `path`, atomically; arguments and errors as of `render`, and if it cannot be written."""
+    return write_text(path, render(found, tokens))
 
 
 def writer(path: str | os.PathLike[str]) -> Callable[[Diagnosis], Path]:
@@ -107,7 +113,7 @@ def _tiles(found: Diagnosis) -> list[Tile]:
     return tiles
 
 
-def _sections(found: Diagnosis) -> list[Section]:
+def _sections(found: Diagnosis, tokens: Attribution | None) -> list[Section]:
     blocks: list[Block] = [block for block in (phases.course(found, "course"), _phase_table(found)) if block]
     metrics = tuple(found.log.columns)
     return [
@@ -117,6 +123,7 @@ def _sections(found: Diagnosis) -> list[Section]:
         Section("advice", "What to try", "What to try", missing="" if found.advice else "Nothing to change.",
                 lead=_ADVICE if found.advice else "", blocks=tuple(_advice(one, "") for one in found.advice)),
         _law(found),
+        *([attribution.section(tokens)] if tokens is not None else []),
         Section("log", "The log", "The log", blocks=tuple(_log(found))),
     ]  # fmt: skip
 
