@@ -8,8 +8,10 @@ exist yet gives a line that says so, never made-up content.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -256,7 +258,14 @@ def confusion_table(argument: str | None) -> str:
         table(("truth, said:", *labels), rows),
     ]
     found = [
-        (f"`{name}`", one["found"], one["missed"], one["wrong"], figure(one["precision"]), figure(one["recall"]))
+        (
+            f"`{name}`",
+            one["found"],
+            one["missed"],
+            one["wrong"],
+            figure(one["precision"]),
+            figure(one["recall"]),
+        )
         for name, one in score["findings"].items()
     ]
     parts.append(table(("finding", "found", "missed", "wrongly said", "precision", "recall"), found))
@@ -265,7 +274,13 @@ def confusion_table(argument: str | None) -> str:
             table(
                 ("run", "truth", "said", "missed", "wrongly said"),
                 (
-                    (m["run"], m["truth"], m["said"], ", ".join(m["missed"]) or "-", ", ".join(m["wrong"]) or "-")
+                    (
+                        m["run"],
+                        m["truth"],
+                        m["said"],
+                        ", ".join(m["missed"]) or "-",
+                        ", ".join(m["wrong"]) or "-",
+                    )
                     for m in score["mistakes"]
                 ),
             )
@@ -277,6 +292,41 @@ def confusion_table(argument: str | None) -> str:
         f"the entropy was spent. Traps not fallen into: {passed} of {len(score['traps'])} ({', '.join(score['traps'])})."
     )
     return "\n\n".join(parts)
+
+
+def thresholds_table(argument: str | None) -> str:
+    """Every constant that `diagnose` decides by, with the reason that stands below it in the code."""
+    room = ROOT / "src" / "uncollapse" / "diagnose"
+    files = [room / f"{name}.py" for name in ("series", "phases", "forecast", "advice")]
+    rows = []
+    for file in [*files, *sorted((room / "findings").glob("*.py"))]:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        for one, after in itertools.pairwise(body):
+            if not (
+                isinstance(one, ast.Assign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                continue
+            name = ast.unparse(one.targets[0]).strip("()")
+            if name.isupper() or "," in name:
+                reason = " ".join(str(after.value.value).split())
+                rows.append((f"`{name}`", ast.unparse(one.value).strip("()"), file.stem, reason))
+    return table(("name", "value", "where", "what and why"), rows)
+
+
+def real_runs_table(argument: str | None) -> str:
+    """What `diagnose` says about the real logs that the tests keep."""
+    from uncollapse.diagnose import diagnose, read
+
+    rows = []
+    for path in ("collapse/checkpoint-60", "collapse/verl_console.log", "remedy/checkpoint-60", "own"):
+        for log in read(ROOT / "tests" / "data" / path):
+            found = diagnose(log)
+            phases = ", ".join(f"{one.state} {one.first} to {one.last}" for one in found.course.phases)
+            said = ", ".join(f"{one.id} ({one.severity})" for one in found.findings) or "-"
+            rows.append((f"`tests/data/{path}`", log.format, f"**{found.state}**", phases, said))
+    return table(("log", "format", "state", "phases", "findings"), rows)
 
 
 def advice_table(argument: str | None) -> str:
@@ -364,6 +414,8 @@ SOURCES: Mapping[str, Callable[[str | None], str]] = {
     "results": results_table,
     "shortnames": short_names,
     "tokendump": token_dump_table,
+    "realruns": real_runs_table,
+    "thresholds": thresholds_table,
 }
 
 

@@ -190,7 +190,8 @@ def _overlong(facts: Facts) -> Advice:
         "A cut answer is scored for the limit, not for what it says: leave it out of the loss, raise the limit, or shape the reward "
         "near the limit as DAPO does.",
         "dapo", trl, verl, ("2503.14476",),
-        "Leaving cut answers out also removes the pressure to be brief. The limit shown is the next power of two above this run's answers.",
+        "Leaving cut answers out also removes the pressure to be brief."
+        + (" The limit shown is the next power of two above this run's answers." if limit else ""),
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def _positions(found: Attribution) -> Block:
 def _table(tokens: Sequence[TokenDrive], title: str) -> TableBlock:
     rows = tuple(
         (
-            repr(one.text)[1:-1] or f"id {one.token}",
+            repr(one.text) if one.text else f"id {one.token}",
             f"{one.tokens:,}",
             number(one.drive),
             "\u2013" if one.entropy != one.entropy else level(one.entropy),
