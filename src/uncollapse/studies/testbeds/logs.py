@@ -368,6 +368,42 @@ _KINDS: dict[str, Callable[[_Draft], Case]] = {
 }
 
 
+# ---- runs of any shape -------------------------------------------------------------------------------------
+
+ARBITRARY = tuple(range(9000, 9100))
+"""Seeds of the arbitrary runs that are scored; fixed before `diagnose` was run on any of them."""
+
+
+def arbitrary(seed: int) -> Case:
+    """A run whose log-entropy goes through two to four random straight pieces, wherever the thresholds lie.
+
+    Its truth is what the documented definitions say of the noiseless end: below 15 % of the start collapsed, twice or more
+    exploding, falling by a tenth or more in its last piece to below two thirds collapsing, else healthy (the reward rises to
+    the end). Many end close to a threshold, where noise alone can tip the answer.
+    """
+    rng = np.random.default_rng([seed, 31])
+    draft = _healthy(rng)
+    pieces = int(rng.integers(2, 5))
+    lengths = rng.dirichlet(np.full(pieces, 4.0))
+    lengths = 0.1 + (1 - 0.1 * pieces) * lengths  # no piece is shorter than a tenth of the run
+    knots = np.concatenate([[0.0], np.cumsum(lengths)])
+    levels = np.concatenate([[0.0], rng.uniform(np.log(0.05), np.log(3.0), pieces)])
+    still = np.flatnonzero(rng.random(pieces) < 0.4)
+    for piece in still:
+        levels[piece + 1] = levels[piece]
+    curve = np.interp(draft.t, knots, levels)
+    draft.columns["entropy/token/mean"] = draft.start * np.exp(curve)
+    end, change = float(levels[-1]), float(levels[-1] - levels[-2])
+    if end <= np.log(0.15):
+        state = "collapsed"
+    elif end >= np.log(2.0):
+        state = "exploding"
+    else:
+        state = "collapsing" if change <= -0.1 and end < np.log(2 / 3) else "healthy"
+    log = Log(f"arbitrary-{seed}", "made up", draft.step, _logged(draft, 1.0))
+    return replace(_case(state), kind="arbitrary", seed=seed, log=log)
+
+
 # ---- logs that are meant to mislead ------------------------------------------------------------------------
 
 
