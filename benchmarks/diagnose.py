@@ -81,6 +81,10 @@ def score() -> dict[str, Any]:
         for trap in logs.traps()
     }
     forecasts, covered = forecast_coverage()
+    shapes: Counter[tuple[str, str]] = Counter()
+    for seed in logs.ARBITRARY:
+        case = logs.arbitrary(seed)
+        shapes[case.state, diagnose(case.log).state] += 1
     total = sum(states.values())
     louder = {}
     for loud in (2, 4):
@@ -97,6 +101,9 @@ def score() -> dict[str, Any]:
         "labels": list(STATES),
         "accuracy": sum(n for (truth, said), n in states.items() if truth == said) / total,
         "accuracy_with_noise_times": louder,
+        "arbitrary_states": [[shapes[truth, said] for said in STATES] for truth in STATES],
+        "arbitrary_accuracy": sum(n for (truth, said), n in shapes.items() if truth == said)
+        / len(logs.ARBITRARY),
         "findings": {
             name: {
                 "found": hit[name],

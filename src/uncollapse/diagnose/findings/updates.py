@@ -33,8 +33,8 @@ APART = 0.05
 FAR_APART = 0.2
 
 RUNAWAY = 5.0
-"""Growth of a KL from the middle to the end of the run beyond which it runs away. A random walk grows 1.4 times over that
-stretch, a steady drift 2 times."""
+"""Growth of a KL from the middle to the end of the run beyond which it runs away. A KL grows with the square of the distance:
+twice over that stretch for a random walk of the parameters, four times for a steady drift."""
 
 PPO_RANGE = 0.02
 """Nats per token: the KL of a ratio that is off by PPO's clip range of 0.2 everywhere, 0.2^2 / 2. Below it, growth from next
