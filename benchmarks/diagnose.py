@@ -118,8 +118,49 @@ def score() -> dict[str, Any]:
         "median_error_of_the_begin": float(np.median(late)),
         "forecasts": forecasts,
         "forecasts_covered": covered,
+        "watched": watched(),
         "traps": traps,
         "traps_passed": sum(traps.values()) / len(traps),
+    }
+
+
+def watched() -> dict[str, Any]:
+    """Runs replayed with a look after every twenty-fifth of them, as `--watch` would: who is stopped, and when."""
+
+    def first_severe(log: Log) -> int | None:
+        for seen in range(10, len(log) + 1, max(10, len(log) // 25)):
+            part = Log(
+                log.source,
+                log.format,
+                log.step[:seen],
+                {name: values[:seen] for name, values in log.columns.items()},
+            )
+            if diagnose(part).at_least("severe"):
+                return seen
+        return None
+
+    sound = [
+        logs.make(kind, seed)
+        for kind in ("healthy", "noisy", "plateau", "one-update")
+        for seed in logs.HELD_OUT
+    ]
+    falling = [
+        logs.make(kind, seed)
+        for kind in ("slow-collapse", "late-collapse", "collapsing")
+        for seed in logs.HELD_OUT
+    ]
+    stopped = [first_severe(case.log) for case in falling]
+    left = []
+    for case, at in zip(falling, stopped, strict=True):
+        entropy = case.log["entropy/token/mean"]
+        if at is not None:
+            left.append(float(np.median(entropy[max(0, at - 5) : at]) / np.median(entropy[:5])))
+    return {
+        "sound": len(sound),
+        "sound_stopped": sum(first_severe(case.log) is not None for case in sound),
+        "falling": len(falling),
+        "falling_stopped": sum(at is not None for at in stopped),
+        "entropy_left_when_stopped": float(np.median(left)) if left else None,
     }
 
 

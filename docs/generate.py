@@ -289,7 +289,9 @@ def confusion_table(argument: str | None) -> str:
     parts.append(
         f"The step where entropy begins to move is off by {100 * score['median_error_of_the_begin']:.1f} % of the run (median). "
         f"Of {score['forecasts']} forecasts made half way, {score['forecasts_covered']} intervals (95 % asked for) held the step at which "
-        f"the entropy was spent. Traps not fallen into: {passed} of {len(score['traps'])} ({', '.join(score['traps'])})."
+        f"the entropy was spent. Followed live, {score['watched']['sound_stopped']} of {score['watched']['sound']} sound runs would have "
+        f"been stopped by a severe finding, and {score['watched']['falling_stopped']} of {score['watched']['falling']} that lose their "
+        f"entropy, when {figure(100 * score['watched']['entropy_left_when_stopped'])} % of it was left (median). Traps not fallen into: {passed} of {len(score['traps'])} ({', '.join(score['traps'])})."
     )
     return "\n\n".join(parts)
 

@@ -28,6 +28,10 @@ GIVEN_BACK = 0.3
 """Share of its gain that a reward has to lose to be called falling."""
 
 
+FEWEST_FALL = 40
+"""Logged steps from which a falling reward is named: the swings of a young run look like one."""
+
+
 def dead_groups(facts: Facts) -> Finding | None:
     """Groups whose answers all got the same reward: no advantage, no gradient."""
     found = facts.series(DEAD)
@@ -65,7 +69,7 @@ def plateau(facts: Facts) -> Finding | None:
 
 def fall(facts: Facts) -> Finding | None:
     """The reward gives back what it had gained."""
-    found = facts.series(REWARD, 20)
+    found = facts.series(REWARD, FEWEST_FALL)
     lost = _given_back(found) if found is not None else None
     if found is None or lost is None:
         return None
