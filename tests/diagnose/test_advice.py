@@ -118,3 +118,13 @@ def test_every_finding_asks_for_advice_that_exists_and_each_is_given_once():
 def test_remedies_that_are_known_to_backfire_say_so():
     for name in ("entropy-bonus", "clip-cov", "kl-cov", "adaptive-entropy", "clip-higher", "more-updates"):
         assert ADVICE[name](facts()).caution
+
+
+def test_what_a_run_does_already_is_not_advised():
+    log = logs.make("slow-collapse", 0).log
+    plain = [one.id for one in diagnose(log).advice]
+    held = {"entropy_coef": 0.001, "recipe/name": "clip-cov", "actor_rollout_ref.actor.clip_ratio_high": 0.28}
+    left = [one.id for one in diagnose(dataclasses.replace(log, settings=held)).advice]
+    assert set(plain) - set(left) == {"entropy-bonus", "clip-cov", "clip-higher"}
+    other = diagnose(dataclasses.replace(log, settings={"entropy_coef": 0.5})).advice
+    assert [one.id for one in other] == plain

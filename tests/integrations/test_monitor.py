@@ -17,6 +17,7 @@ import toy
 from uncollapse import report
 from uncollapse.errors import ConfigError, UnknownName
 from uncollapse.integrations.monitor import CollapseMonitor, CollapseWarning
+from uncollapse.integrations.trl import GRPOTrainer
 
 
 @pytest.fixture
@@ -121,6 +122,18 @@ def test_names_can_be_given_by_hand(arguments):
 def test_options_that_cannot_be_honoured_are_refused(options, error):
     with pytest.raises(error):
         CollapseMonitor(**options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_watches_our_trainer_as_well(tmp_path):
+    monitor = CollapseMonitor(every=1)
+    trainer = GRPOTrainer(
+        model=toy.llama(), args=toy.config(tmp_path, max_steps=2), reward_funcs=toy.digit_share, train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(), callbacks=[monitor], recipe="grpo",
+    )  # fmt: skip
+    trainer.train()
+    assert monitor.log.has("entropy/token/mean", at_least=2)
+    assert monitor.log.has("reward/mean", at_least=2)
 
 
 def test_it_watches_a_real_trainer_and_writes_the_page(tmp_path):

@@ -69,8 +69,27 @@ class Advice:
 
 
 def advise(ids: Iterable[str], facts: Facts) -> tuple[Advice, ...]:
-    """The advice of these ids, each once, in their order. Unknown ids raise `KeyError`: findings name only what exists."""
-    return tuple(ADVICE[name](facts) for name in dict.fromkeys(ids))
+    """The advice of these ids, each once, in their order, without what the run's settings say it does already.
+
+    Unknown ids raise `KeyError`: findings name only what exists.
+    """
+    made = [ADVICE[name](facts) for name in dict.fromkeys(ids)]
+    return tuple(one for one in made if not _done(one, facts))
+
+
+def _done(one: Advice, facts: Facts) -> bool:
+    """Whether the settings hold everything that an advice would set, or name its recipe."""
+    settings = {key.replace("/", ".").lower(): value for key, value in facts.log.settings.items()}
+    if one.recipe == one.id and settings.get("recipe", settings.get("recipe.name")) == one.recipe:
+        return True
+    for wanted in (one.trl, one.verl):
+        held = [settings.get(name, settings.get(f"args.{name}", _ABSENT)) for name in wanted]
+        if wanted and held == list(wanted.values()):
+            return True
+    return False
+
+
+_ABSENT = object()
 
 
 def _hydra(value: Setting) -> str:

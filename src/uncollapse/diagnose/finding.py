@@ -113,6 +113,9 @@ class Facts:
         return sorted((int(name[len(head) :]), name) for name in names if self.series(name, 5))
 
 
+ROUNDING = 1e-5
+"""Nats: a KL to the sampling policy that is below this at nine steps of ten is rounding."""
+
 CLIPS = ("clip/high/frac", "clip/low/frac", "clip/ppo/frac")
 
 
