@@ -7,14 +7,16 @@ that of the run's end; findings that a truth neither asks for nor excludes count
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import OURS, Case, Goal
-from uncollapse.diagnose.diagnosis import diagnose
+from uncollapse.diagnose.diagnosis import Diagnosis, diagnose
 from uncollapse.diagnose.log import Log
 from uncollapse.studies.testbeds import logs
+from uncollapse.studies.testbeds.traps import Trap, traps
 
 SUMMARY = "`diagnose`: time for a log of 100,000 steps with 15 columns, and what it says about made-up runs with known truth"
 STATES = ("healthy", "plateau", "collapsing", "collapsed", "exploding", "unknown")
@@ -49,79 +51,99 @@ def long_log(steps: int, seed: int = 0) -> Log:
 
 
 def score() -> dict[str, Any]:
-    """State and findings of every held-out run against its truth, and the traps."""
-    states: Counter[tuple[str, str]] = Counter()
-    hit: Counter[str] = Counter()
-    missed: Counter[str] = Counter()
-    wrong: Counter[str] = Counter()
-    mistakes, late, covered, forecasts = [], [], 0, 0
-    for kind in logs.kinds():
-        for seed in logs.HELD_OUT:
-            case = logs.make(kind, seed)
-            found = diagnose(case.log)
-            ids = {one.id for one in found.findings}
-            states[case.state, found.state] += 1
-            hit.update(case.findings & ids)
-            missed.update(case.findings - ids)
-            wrong.update(ids - case.findings - case.allowed)
-            if case.state != found.state or case.findings - ids or ids - case.findings - case.allowed:
-                mistakes.append(
-                    {"run": f"{kind}-{seed}", "truth": case.state, "said": found.state,
-                     "missed": sorted(case.findings - ids), "wrong": sorted(ids - case.findings - case.allowed)}
-                )  # fmt: skip
-            since = next((one.since for one in found.findings if one.id.startswith("entropy-")), None)
-            if case.from_step is not None and since is not None:
-                late.append(abs(since - case.from_step) / (case.log.step[-1] - case.log.step[0]))
-    traps = {
-        trap.name: bool(
-            (said := diagnose(trap.log)).state in trap.states
-            and trap.findings <= {one.id for one in said.findings}
-            and not trap.forbidden & {one.id for one in said.findings}
-        )
-        for trap in logs.traps()
-    }
+    """What `diagnose` says against the truth: held-out runs, runs of any shape, forecasts, traps, runs followed live."""
+    held_out = [logs.make(kind, seed) for kind in logs.kinds() for seed in logs.HELD_OUT]
+    said = [diagnose(case.log) for case in held_out]
+    shapes = [logs.arbitrary(seed) for seed in logs.ARBITRARY]
     forecasts, covered = forecast_coverage()
-    shapes: Counter[tuple[str, str]] = Counter()
-    for seed in logs.ARBITRARY:
-        case = logs.arbitrary(seed)
-        shapes[case.state, diagnose(case.log).state] += 1
-    total = sum(states.values())
-    louder = {}
-    for loud in (2, 4):
-        right = [
-            diagnose((case := logs.make(kind, seed, loud=loud)).log).state == case.state
-            for kind in logs.kinds()
-            for seed in logs.HELD_OUT
-        ]
-        louder[str(loud)] = sum(right) / len(right)
+    caught = {trap.name: escapes(trap) for trap in traps()}
     return {
-        "runs": total,
         "seeds": list(logs.HELD_OUT),
-        "states": [[states[truth, said] for said in STATES] for truth in STATES],
         "labels": list(STATES),
-        "accuracy": sum(n for (truth, said), n in states.items() if truth == said) / total,
-        "accuracy_with_noise_times": louder,
-        "arbitrary_states": [[shapes[truth, said] for said in STATES] for truth in STATES],
-        "arbitrary_accuracy": sum(n for (truth, said), n in shapes.items() if truth == said)
-        / len(logs.ARBITRARY),
-        "findings": {
-            name: {
-                "found": hit[name],
-                "missed": missed[name],
-                "wrong": wrong[name],
-                "precision": hit[name] / (hit[name] + wrong[name]) if hit[name] + wrong[name] else None,
-                "recall": hit[name] / (hit[name] + missed[name]) if hit[name] + missed[name] else None,
-            }
-            for name in sorted({*hit, *missed, *wrong})
+        **confusion(held_out, said),
+        "louder": {
+            str(loud): confusion(
+                again := [logs.make(c.kind, c.seed, loud=loud) for c in held_out],
+                [diagnose(c.log) for c in again],
+            )["accuracy"]
+            for loud in (2, 4)
         },
-        "mistakes": mistakes,
-        "median_error_of_the_begin": float(np.median(late)),
+        "arbitrary": confusion(shapes, [diagnose(case.log) for case in shapes]),
+        "findings": findings(held_out, said),
+        "mistakes": [
+            row for case, found in zip(held_out, said, strict=True) if (row := mistake(case, found))
+        ],
+        "median_error_of_the_begin": float(np.median(delays(held_out, said))),
         "forecasts": forecasts,
         "forecasts_covered": covered,
         "watched": watched(),
-        "traps": traps,
-        "traps_passed": sum(traps.values()) / len(traps),
+        "traps": caught,
+        "traps_passed": sum(caught.values()) / len(caught),
     }
+
+
+def confusion(cases: Sequence[logs.Case], said: Sequence[Diagnosis]) -> dict[str, Any]:
+    """Counts by truth (rows) and what was said (columns), in the order of `STATES`."""
+    counts = Counter((case.state, found.state) for case, found in zip(cases, said, strict=True))
+    return {
+        "runs": len(cases),
+        "states": [[counts[truth, answer] for answer in STATES] for truth in STATES],
+        "accuracy": sum(n for (truth, answer), n in counts.items() if truth == answer) / len(cases),
+    }
+
+
+def findings(cases: Sequence[logs.Case], said: Sequence[Diagnosis]) -> dict[str, Any]:
+    """For each finding how often it was found, missed and wrongly said."""
+    hit: Counter[str] = Counter()
+    missed: Counter[str] = Counter()
+    wrong: Counter[str] = Counter()
+    for case, found in zip(cases, said, strict=True):
+        ids = {one.id for one in found.findings}
+        hit.update(case.findings & ids)
+        missed.update(case.findings - ids)
+        wrong.update(ids - case.findings - case.allowed)
+    return {
+        name: {
+            "found": hit[name],
+            "missed": missed[name],
+            "wrong": wrong[name],
+            "precision": hit[name] / (hit[name] + wrong[name]) if hit[name] + wrong[name] else None,
+            "recall": hit[name] / (hit[name] + missed[name]) if hit[name] + missed[name] else None,
+        }
+        for name in sorted({*hit, *missed, *wrong})
+    }
+
+
+def mistake(case: logs.Case, found: Diagnosis) -> dict[str, Any] | None:
+    """What was wrong about one run, or None."""
+    ids = {one.id for one in found.findings}
+    missed, wrong = sorted(case.findings - ids), sorted(ids - case.findings - case.allowed)
+    if case.state == found.state and not missed and not wrong:
+        return None
+    return {
+        "run": f"{case.kind}-{case.seed}",
+        "truth": case.state,
+        "said": found.state,
+        "missed": missed,
+        "wrong": wrong,
+    }
+
+
+def delays(cases: Sequence[logs.Case], said: Sequence[Diagnosis]) -> list[float]:
+    """Distance between the true and the told begin of a fall or rise, as shares of the run."""
+    out = []
+    for case, found in zip(cases, said, strict=True):
+        since = next((one.since for one in found.findings if one.id.startswith("entropy-")), None)
+        if case.from_step is not None and since is not None:
+            out.append(abs(since - case.from_step) / float(case.log.step[-1] - case.log.step[0]))
+    return out
+
+
+def escapes(trap: Trap) -> bool:
+    """Whether a trap is not fallen into."""
+    found = diagnose(trap.log)
+    ids = {one.id for one in found.findings}
+    return found.state in trap.states and trap.findings <= ids and not trap.forbidden & ids
 
 
 def watched() -> dict[str, Any]:
@@ -186,6 +208,50 @@ def forecast_coverage(seeds: range = range(7000, 7040)) -> tuple[int, int]:
             made += 1
             held += int(found.low <= spent <= (found.high if found.high is not None else np.inf))
     return made, held
+
+
+def told(score: Mapping[str, Any]) -> list[str | list[list[str]]]:
+    """A recorded score for people: paragraphs, and tables as lists of rows with their head."""
+    louder = " ".join(
+        f"With {loud} times the noise: {100 * share:.0f} %." for loud, share in score["louder"].items()
+    )
+    any_shape, live = score["arbitrary"], score["watched"]
+    left = live["entropy_left_when_stopped"]
+    counts = [["finding", "found", "missed", "wrongly said"]]
+    counts += [
+        [f"`{name}`", *(str(one[key]) for key in ("found", "missed", "wrong"))]
+        for name, one in score["findings"].items()
+    ]
+    wrong = [["run", "truth", "said", "missed", "wrongly said"]]
+    wrong += [
+        [m["run"], m["truth"], m["said"], ", ".join(m["missed"]), ", ".join(m["wrong"])]
+        for m in score["mistakes"]
+    ]
+    return [
+        f"{score['runs']} runs of known kinds (seeds {', '.join(map(str, score['seeds']))}): {100 * score['accuracy']:.0f} % told right. {louder}",
+        _matrix(score["labels"], score["states"]),
+        f"{any_shape['runs']} runs of any shape, random pieces that end wherever the thresholds lie, so that noise alone can tip some: "
+        f"{100 * any_shape['accuracy']:.0f} % told right.",
+        _matrix(score["labels"], any_shape["states"]),
+        "Findings on the runs of known kinds:",
+        counts,
+        *(["Mistakes on them:", wrong] if score["mistakes"] else []),
+        f"The step where entropy begins to move is off by {100 * score['median_error_of_the_begin']:.1f} % of the run (median). Of "
+        f"{score['forecasts']} forecasts made half way, {score['forecasts_covered']} intervals (95 % asked for) held the step at which the "
+        f"entropy was spent. Followed live, {live['sound_stopped']} of {live['sound']} sound runs would have been stopped by a severe "
+        f"finding, and {live['falling_stopped']} of {live['falling']} that lose their entropy, when "
+        f"{'none' if left is None else f'{100 * left:.0f} %'} of it was left (median). Traps not fallen into: "
+        f"{sum(score['traps'].values())} of {len(score['traps'])} ({', '.join(score['traps'])}).",
+    ]
+
+
+def _matrix(labels: Sequence[str], states: Sequence[Sequence[int]]) -> list[list[str]]:
+    rows = [
+        [f"**{truth}**", *map(str, counts)]
+        for truth, counts in zip(labels, states, strict=True)
+        if sum(counts)
+    ]
+    return [["truth, said:", *labels], *rows]
 
 
 def case() -> Case:

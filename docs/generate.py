@@ -247,53 +247,10 @@ def confusion_table(argument: str | None) -> str:
     score = scored("diagnose")
     if not score:
         return "Not measured yet. `python -m benchmarks --only diagnose` measures it."
-    labels = score["labels"]
-    rows = [(f"**{truth}**", *counts) for truth, counts in zip(labels, score["states"], strict=True)]
-    parts = [
-        f"{score['runs']} runs (seeds {', '.join(map(str, score['seeds']))} of every kind): {100 * score['accuracy']:.0f} % told right. "
-        + " ".join(
-            f"With {loud} times the noise: {100 * share:.0f} %."
-            for loud, share in score["accuracy_with_noise_times"].items()
-        ),
-        table(("truth, said:", *labels), rows),
-    ]
-    found = [
-        (
-            f"`{name}`",
-            one["found"],
-            one["missed"],
-            one["wrong"],
-            figure(one["precision"]),
-            figure(one["recall"]),
-        )
-        for name, one in score["findings"].items()
-    ]
-    parts.append(table(("finding", "found", "missed", "wrongly said", "precision", "recall"), found))
-    if score["mistakes"]:
-        parts.append(
-            table(
-                ("run", "truth", "said", "missed", "wrongly said"),
-                (
-                    (
-                        m["run"],
-                        m["truth"],
-                        m["said"],
-                        ", ".join(m["missed"]) or "-",
-                        ", ".join(m["wrong"]) or "-",
-                    )
-                    for m in score["mistakes"]
-                ),
-            )
-        )
-    passed = sum(score["traps"].values())
-    parts.append(
-        f"The step where entropy begins to move is off by {100 * score['median_error_of_the_begin']:.1f} % of the run (median). "
-        f"Of {score['forecasts']} forecasts made half way, {score['forecasts_covered']} intervals (95 % asked for) held the step at which "
-        f"the entropy was spent. Followed live, {score['watched']['sound_stopped']} of {score['watched']['sound']} sound runs would have "
-        f"been stopped by a severe finding, and {score['watched']['falling_stopped']} of {score['watched']['falling']} that lose their "
-        f"entropy, when {figure(100 * score['watched']['entropy_left_when_stopped'])} % of it was left (median). Traps not fallen into: {passed} of {len(score['traps'])} ({', '.join(score['traps'])})."
-    )
-    return "\n\n".join(parts)
+    from benchmarks.diagnose import told
+
+    parts = told(score)
+    return "\n\n".join(part if isinstance(part, str) else table(part[0], part[1:]) for part in parts)
 
 
 def thresholds_table(argument: str | None) -> str:

@@ -13,6 +13,7 @@ from uncollapse.diagnose.finding import SEVERITIES
 from uncollapse.diagnose.log import Log, Note
 from uncollapse.diagnose.names import KNOWN
 from uncollapse.studies.testbeds import logs
+from uncollapse.studies.testbeds.traps import traps
 
 
 @pytest.mark.parametrize("kind", logs.kinds())
@@ -24,7 +25,7 @@ def test_made_up_runs_are_told_apart(kind):
     assert case.findings <= ids <= case.findings | case.allowed
 
 
-@pytest.mark.parametrize("trap", logs.traps(seed=1), ids=lambda trap: trap.name)
+@pytest.mark.parametrize("trap", traps(seed=1), ids=lambda trap: trap.name)
 def test_traps_are_not_fallen_into(trap):
     found = diagnose(trap.log)
     ids = {one.id for one in found.findings}

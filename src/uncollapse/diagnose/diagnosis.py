@@ -87,26 +87,6 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a number that is not finite is None."""
-        found = self.ceiling
-        law = None
-        if found is not None:
-            law = {
-                "reward": found.reward_column,
-                "holds": found.holds,
-                "ceiling": found.value,
-                "low": found.low,
-                "high": found.high,
-                "used": found.used,
-                "preferred": found.laws.verdict.value,
-                "effective_delta_aic": found.laws.effective_delta_aic,
-                **{
-                    fit.kind.replace(" ", "_"): {
-                        "a": fit.a, "a_se": fit.a_se, "b": fit.b, "b_se": fit.b_se,
-                        "ceiling": fit.ceiling, "ceiling_se": fit.ceiling_se, "r2": fit.r2, "n": fit.n,
-                    }
-                    for fit in (found.laws.exponential, found.laws.straight_line)
-                },
-            }  # fmt: skip
         step = self.log.step
         made = {
             "schema": SCHEMA,
@@ -118,7 +98,7 @@ class Diagnosis:
             "worst": self.worst,
             "entropy_start": self.course.start,
             "phases": [asdict(phase) for phase in self.course.phases],
-            "law": law,
+            "law": None if self.ceiling is None else _law(self.ceiling),
             "forecast": None if self.forecast is None else {
                 key: getattr(self.forecast, key) for key in ("target", "step", "low", "high", "horizon", "decay", "fitted_from")
             },
@@ -167,6 +147,26 @@ def _entropy_facts(
     for rewards in (held_out, reward):  # the law is about validation reward; training reward stands in for it
         law = law or (ceiling(entropy, rewards) if rewards is not None else None)
     return found, law, forecast(entropy, found)
+
+
+def _law(found: Ceiling) -> dict[str, Any]:
+    fits = {
+        fit.kind.replace(" ", "_"): {
+            key: getattr(fit, key) for key in ("a", "a_se", "b", "b_se", "ceiling", "ceiling_se", "r2", "n")
+        }
+        for fit in (found.laws.exponential, found.laws.straight_line)
+    }
+    return {
+        "reward": found.reward_column,
+        "holds": found.holds,
+        "ceiling": found.value,
+        "low": found.low,
+        "high": found.high,
+        "used": found.used,
+        "preferred": found.laws.verdict.value,
+        "effective_delta_aic": found.laws.effective_delta_aic,
+        **fits,
+    }
 
 
 def _plain(value: Any) -> Any:
