@@ -360,21 +360,21 @@ def token_dump_table(argument: str | None) -> str:
 
 
 SOURCES: Mapping[str, Callable[[str | None], str]] = {
-    "aliases": aliases_table,
     "advice": advice_table,
+    "aliases": aliases_table,
     "api": api_reference,
     "benchmarks": benchmarks_table,
     "cli": command_line,
     "confusion": confusion_table,
     "glossary": glossary,
     "papers": papers_table,
+    "realruns": real_runs_table,
     "recipes": recipes_table,
     "result": result_of,
     "results": results_table,
     "shortnames": short_names,
-    "tokendump": token_dump_table,
-    "realruns": real_runs_table,
     "thresholds": thresholds_table,
+    "tokendump": token_dump_table,
 }
 
 
