@@ -55,6 +55,8 @@ class Case:
     absent: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[str, ...] = ("torch",)
     goals: tuple[Goal, ...] = ()
+    score: Callable[[], Mapping[str, Any]] | None = None
+    """What is measured besides time and memory; it is recorded as it is, and its numbers are a row `score` for goals."""
 
 
 def times(
@@ -203,6 +205,8 @@ def run(name: str, *, rounds: int, threads: int, say: Callable[[str], None]) -> 
         say(f"{name}: memory of {contestant}")
         row["extra_peak_mb"] = round(extra_peak_bytes(name, contestant, threads) / 1e6, 1)
         row["largest_difference"] = differences.get(contestant)
+    score = dict(case.score()) if case.score is not None else {}
+    judged = {**rows, "score": score}
     return {
         "summary": module.SUMMARY,
         "size": case.size,
@@ -213,7 +217,8 @@ def run(name: str, *, rounds: int, threads: int, say: Callable[[str], None]) -> 
         "versions": versions(case.versions),
         "rows": rows,
         "absent": dict(case.absent),
-        "goals": [goal.judge(rows) for goal in case.goals],
+        "goals": [goal.judge(judged) for goal in case.goals],
+        **({"score": score} if score else {}),
     }
 
 

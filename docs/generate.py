@@ -8,8 +8,10 @@ exist yet gives a line that says so, never made-up content.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -234,6 +236,84 @@ def benchmarks_table(argument: str | None) -> str:
     return body.strip()
 
 
+def scored(name: str) -> dict[str, Any]:
+    """What a benchmark recorded besides its times; empty if it has not run yet."""
+    found = json.loads(BENCHMARKS.read_text(encoding="utf-8"))["benchmarks"] if BENCHMARKS.is_file() else {}
+    return dict(found.get(name, {}).get("score", {}))
+
+
+def confusion_table(argument: str | None) -> str:
+    """What `diagnose` said about made-up runs of known truth."""
+    score = scored("diagnose")
+    if not score:
+        return "Not measured yet. `python -m benchmarks --only diagnose` measures it."
+    from benchmarks.diagnose import told
+
+    parts = told(score)
+    return "\n\n".join(part if isinstance(part, str) else table(part[0], part[1:]) for part in parts)
+
+
+def thresholds_table(argument: str | None) -> str:
+    """Every constant that `diagnose` decides by, with the reason that stands below it in the code."""
+    room = ROOT / "src" / "uncollapse" / "diagnose"
+    files = [room / f"{name}.py" for name in ("series", "phases", "forecast", "advice")]
+    rows = []
+    for file in [*files, *sorted((room / "findings").glob("*.py"))]:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        for one, after in itertools.pairwise(body):
+            if not (
+                isinstance(one, ast.Assign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                continue
+            name = ast.unparse(one.targets[0]).strip("()")
+            if name.isupper() or "," in name:
+                reason = " ".join(str(after.value.value).split())
+                rows.append((f"`{name}`", ast.unparse(one.value).strip("()"), file.stem, reason))
+    return table(("name", "value", "where", "what and why"), rows)
+
+
+def real_runs_table(argument: str | None) -> str:
+    """What `diagnose` says about the real logs that the tests keep."""
+    from uncollapse.diagnose import diagnose, read
+
+    rows = []
+    for path in ("collapse/checkpoint-60", "collapse/verl_console.log", "remedy/checkpoint-60", "own"):
+        for log in read(ROOT / "tests" / "data" / path):
+            found = diagnose(log)
+            phases = ", ".join(f"{one.state} {one.first} to {one.last}" for one in found.course.phases)
+            said = ", ".join(f"{one.id} ({one.severity})" for one in found.findings) or "-"
+            rows.append((f"`tests/data/{path}`", log.format, f"**{found.state}**", phases, said))
+    return table(("log", "format", "state", "phases", "findings"), rows)
+
+
+def advice_table(argument: str | None) -> str:
+    """Everything that `diagnose` may advise, with the names in the trainers; numbers that come from a run are examples."""
+    import numpy as np
+
+    from uncollapse.diagnose.advice import ADVICE
+    from uncollapse.diagnose.finding import Facts
+    from uncollapse.diagnose.log import Log
+    from uncollapse.diagnose.phases import Course
+
+    example = Facts(Log("", "", np.arange(1), {}), Course(0.8, ()), None, None)
+    rows = []
+    for one in (make(example) for make in ADVICE.values()):
+        settings = [f"`{line.strip(', ')}`" for line in one.trl_lines().splitlines()]
+        settings += [f"`{line.rstrip(' ' + chr(92))}`" for line in one.verl_lines().splitlines()]
+        rows.append(
+            (
+                one.title,
+                f"[`{one.recipe}`](recipes.md#{one.recipe})" if one.recipe else "-",
+                "<br>".join(settings) or "-",
+                ", ".join(map(arxiv, one.arxiv)) or "-",
+                one.caution or "-",
+            )
+        )
+    return table(("what", "recipe", "TRL, verl", "from", "careful"), rows)
+
+
 def api_reference(argument: str | None) -> str:
     """One reference entry per public module of a room."""
     base = ROOT / "src" / "uncollapse" / (argument or "")
@@ -280,16 +360,20 @@ def token_dump_table(argument: str | None) -> str:
 
 
 SOURCES: Mapping[str, Callable[[str | None], str]] = {
+    "advice": advice_table,
     "aliases": aliases_table,
     "api": api_reference,
     "benchmarks": benchmarks_table,
     "cli": command_line,
+    "confusion": confusion_table,
     "glossary": glossary,
     "papers": papers_table,
+    "realruns": real_runs_table,
     "recipes": recipes_table,
     "result": result_of,
     "results": results_table,
     "shortnames": short_names,
+    "thresholds": thresholds_table,
     "tokendump": token_dump_table,
 }
 

@@ -76,3 +76,34 @@ def test_check_writes_nothing_and_finds_the_stale_page(
 def test_a_block_that_nothing_makes_is_an_error(generate: ModuleType) -> None:
     with pytest.raises(KeyError, match="nonsense"):
         generate.filled("<!-- generated: nonsense -->\n<!-- end -->")
+
+
+def test_the_score_of_diagnose_is_told_with_its_mistakes(generate: ModuleType) -> None:
+    assert generate.confusion_table(None).startswith("Not measured yet.")
+    confusion = {"runs": 3, "states": [[1, 1], [0, 1]], "accuracy": 2 / 3}
+    score = {
+        "seeds": [7], "labels": ["healthy", "collapsed"], **confusion, "louder": {"2": 0.5}, "arbitrary": confusion,
+        "findings": {"mismatch": {"found": 1, "missed": 2, "wrong": 3}},
+        "mistakes": [{"run": "healthy-7", "truth": "healthy", "said": "collapsed", "missed": [], "wrong": ["mismatch"]}],
+        "median_error_of_the_begin": 0.012, "forecasts": 5, "forecasts_covered": 4, "traps": {"spike": False}, "traps_passed": 0.0,
+        "watched": {"sound": 2, "sound_stopped": 1, "falling": 0, "falling_stopped": 0, "entropy_left_when_stopped": None},
+    }  # fmt: skip
+    generate.BENCHMARKS.write_text(json.dumps({"benchmarks": {"diagnose": {"score": score}}}))
+    text = generate.confusion_table(None)
+    for part in (
+        "67 % told right",
+        "| **healthy** | 1 | 1 |",
+        "| `mismatch` | 1 | 2 | 3 |",
+        "| healthy-7 | healthy | collapsed |",
+        "4 intervals",
+        "0 of 1 (spike)",
+    ):
+        assert part in text
+
+
+def test_thresholds_and_advice_come_from_the_code(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "ROOT", SCRIPT.parents[1])
+    assert "| `SPENT` | 0.15 | phases | Share of the starting entropy" in generate.thresholds_table(None)
+    assert "`entropy_target=0.4`" in generate.advice_table(None)

@@ -131,3 +131,19 @@ def test_token_stats_case_agrees_with_its_peers(monkeypatch):
     case = token_stats.case()
     assert set(case.check()) >= {token_stats.TRL_FULL, token_stats.TRL_CHUNKED}
     assert all(value < 1e-4 for value in case.check().values())
+
+
+def test_the_score_of_diagnose_counts_right_and_wrong():
+    from benchmarks import diagnose as benchmark
+    from uncollapse.studies.testbeds import logs
+
+    cases = [logs.make("healthy", 0), logs.make("slow-collapse", 0)]
+    said = [benchmark.diagnose(case.log) for case in (cases[0], cases[0])]
+    counted = benchmark.confusion(cases, said)
+    assert counted["accuracy"] == 0.5
+    assert sum(map(sum, counted["states"])) == 2
+    assert benchmark.findings(cases, said)["entropy-collapse"]["recall"] == 0
+    assert benchmark.mistake(cases[0], said[0]) is None
+    assert benchmark.mistake(cases[1], said[1])["missed"] == ["entropy-collapse"]
+    log = benchmark.long_log(200)
+    assert len(log.columns) == 15

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from uncollapse import report
+from uncollapse.diagnose.diagnosis import diagnose
+from uncollapse.studies.testbeds import logs
 
 pytestmark = pytest.mark.browser
 
@@ -49,7 +51,11 @@ def reports(tmp_path_factory: pytest.TempPathFactory, synthetic: ModuleType) -> 
     synthetic.run(root / "run", steps=40)
     synthetic.comparison(root / "comparison", seeds=2, steps=20, recipes=("grpo", "kl-cov"))
     synthetic.Run.create(root / "empty", {})
-    return {name: report.write(root / name) for name in ("run", "comparison", "empty")}
+    written = {name: report.write(root / name) for name in ("run", "comparison", "empty")}
+    one, *more = (diagnose(logs.make(kind, 1).log) for kind in ("collapsing-late", "exploding", "no-entropy"))
+    written["diagnosis"] = report.diagnosis.write(root / "diagnosis.html", [one])
+    written["diagnoses"] = report.diagnosis.write(root / "diagnoses.html", [one, *more])
+    return written
 
 
 @pytest.fixture
@@ -73,7 +79,7 @@ def visit(browser: Any, reports: dict[str, Path]) -> Iterator[Any]:
         page.close()
 
 
-@pytest.mark.parametrize("name", ["run", "comparison", "empty"])
+@pytest.mark.parametrize("name", ["run", "comparison", "empty", "diagnosis", "diagnoses"])
 def test_it_asks_the_network_for_nothing_and_is_silent(
     visit: Any, reports: dict[str, Path], name: str
 ) -> None:
@@ -119,7 +125,7 @@ def test_the_policy_stops_what_escaping_might_miss(visit: Any) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["run", "comparison", "empty"])
+@pytest.mark.parametrize("name", ["run", "comparison", "empty", "diagnosis", "diagnoses"])
 def test_it_fits_the_screen(visit: Any, name: str, width: int) -> None:
     page = visit(name, width).page
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -193,3 +199,18 @@ def test_printing_unfolds_and_goes_light(visit: Any) -> None:
     assert page.locator("nav").is_hidden()
     assert page.evaluate("[...document.querySelectorAll('details')].every(d => d.open)")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 252)"
+
+
+def test_advice_can_be_copied(visit: Any) -> None:
+    page = visit("diagnosis").page
+    button = page.locator(".copy").first
+    assert button.is_visible()
+    page.evaluate(
+        "() => { document.execCommand = (name) => { window.copied = [name, String(getSelection())]; return true; }; }"
+    )
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('not here')); }")
+    button.click()
+    page.wait_for_function("document.querySelector('.copy').textContent === 'Copied'")
+    name, text = page.evaluate("window.copied")
+    assert name == "copy"
+    assert "use_adaptive_entropy=True," in text

@@ -35,14 +35,25 @@ def test_help_names_every_verb_and_says_where_to_start(capsys):
     code, out, err = run(capsys, "--help")
     assert code == 0
     assert err == ""
-    for verb in ("demo", "train", "compare", "list", "show", "recipe", "reproduce", "report", "doctor"):
+    for verb in (
+        "demo",
+        "train",
+        "compare",
+        "list",
+        "show",
+        "recipe",
+        "reproduce",
+        "report",
+        "diagnose",
+        "doctor",
+    ):
         assert verb in out
     assert "uncollapse demo" in out
     assert "\x1b[" not in out
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "train", "compare", "list", "show", "reproduce", "report", "doctor"]
+    "verb", ["demo", "train", "compare", "list", "show", "reproduce", "report", "diagnose", "doctor"]
 )
 def test_the_help_of_every_verb_has_an_example(capsys, verb):
     code, out, _ = run(capsys, verb, "--help")

@@ -1,7 +1,7 @@
 """The command line: it parses and prints, the work is done elsewhere. The only place that prints.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a claim is not met where that was asked
-for, 2 something that the user can mend (said in one line), 130 interrupted.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a claim is not met or a finding is grave
+where that was asked for, 2 something that the user can mend (said in one line), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _VERBS = {
     "train": "uncollapse.cli.train:train",
     "compare": "uncollapse.cli.compare:compare",
     "report": "uncollapse.cli.reports:report",
+    "diagnose": "uncollapse.cli.diagnose:diagnose",
     "list": "uncollapse.cli.catalogue:list_",
     "show": "uncollapse.cli.catalogue:show",
     "reproduce": "uncollapse.cli.reproduce:reproduce",
@@ -37,7 +38,7 @@ def build() -> App:
         help="See, explain and prevent collapse: entropy collapse in reinforcement learning first of all.\n\n"
         "Start with `uncollapse demo`: it trains a small language model until its entropy collapses, trains it again "
         "with remedies, and writes a report.",
-        help_epilogue="Results go to stdout, progress to stderr. Exit codes: 0 done, 1 claim not met (--fail-on), "
+        help_epilogue="Results go to stdout, progress to stderr. Exit codes: 0 done, 1 what --fail-on names was found, "
         "2 mistake in the input, 130 interrupted.",
         version=__version__,
         help_format="markdown",

@@ -4,6 +4,7 @@ from uncollapse import report
 report.write("runs/grpo")        # writes runs/grpo/report.html and returns its path
 """
 
+from uncollapse.report import diagnosis
 from uncollapse.report.page import render_comparison, render_run, write
 
-__all__ = ["render_comparison", "render_run", "write"]
+__all__ = ["diagnosis", "render_comparison", "render_run", "write"]

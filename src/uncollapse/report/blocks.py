@@ -63,7 +63,35 @@ class FoldBlock:
     kind: str = "fold"
 
 
-Block = FigureBlock | TableBlock | TextBlock | TokensBlock | FoldBlock
+@dataclass(frozen=True)
+class FindingBlock:
+    """A finding as a card: how grave, what, since when, the numbers, a small figure, and where its advice is."""
+
+    id: str
+    severity: str
+    title: str
+    text: str
+    since: str
+    numbers: tuple[tuple[str, str], ...] = ()
+    figure: FigureBlock | None = None
+    advice: tuple[tuple[str, str], ...] = ()
+    kind: str = "finding"
+
+
+@dataclass(frozen=True)
+class AdviceBlock:
+    """Something to try: why, what to paste (label and code), what speaks against it, and its sources (text and address)."""
+
+    id: str
+    title: str
+    text: str
+    codes: tuple[tuple[str, str], ...] = ()
+    caution: str = ""
+    sources: tuple[tuple[str, str], ...] = ()
+    kind: str = "advice"
+
+
+Block = FigureBlock | TableBlock | TextBlock | TokensBlock | FoldBlock | FindingBlock | AdviceBlock
 
 
 @dataclass(frozen=True)

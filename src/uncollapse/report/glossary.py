@@ -60,6 +60,14 @@ TERMS = (
     Term("kl_cov/penalty/mean", "Penalty of KL-Cov", "nats", "Mean distance from the old policy at the penalised tokens."),
     Term("kl/old/k3", "Distance of a step", "nats",
          "KL divergence from the policy that sampled to the one being trained, estimated without bias and never negative (k3)."),
+    Term("kl/ref/mean", "Distance from the start", "nats",
+         "KL divergence from the reference policy, per token. It grows as the model learns; growing faster and faster is a "
+         "run that gets away."),
+    Term("mismatch/*", "Trainer against sampler", "nats",
+         "How differently trainer and sampler score the same tokens. Rounding gives 0.005 to 0.02 nats; more means that two "
+         "different policies are at work."),
+    Term("diversity/distinct", "Distinct answers", "share of answers",
+         "Different answers among those to one prompt. At one over the group size all of them are the same."),
     Term("length/mean", "Answer length", "tokens", "Mean number of tokens in an answer."),
     Term("length/truncated", "Cut answers", "share of answers", "Answers that ran into the length limit."),
     Term("loss/*", "Loss terms", "", "The parts of the training loss. Their level means little; sudden jumps mean something."),

@@ -32,7 +32,7 @@ def render_run(run: Run) -> str:
     subject = " on ".join(
         str(run.config[key]) for key in ("model", "task") if isinstance(run.config.get(key), str)
     )
-    return _fill(
+    return fill(
         eyebrow=" \u00b7 ".join(part for part in ("Training run", arm.name, subject) if part),
         title=words.run_title(arm),
         lead=words.run_lead(arm),
@@ -50,7 +50,7 @@ def render_comparison(comparison: Comparison) -> str:
     subject = " on ".join(
         str(comparison.config[k]) for k in ("model", "task") if isinstance(comparison.config.get(k), str)
     )
-    return _fill(
+    return fill(
         eyebrow=" \u00b7 ".join(part for part in ("Comparison of recipes", subject) if part),
         title=words.comparison_title(arms),
         lead=words.comparison_lead(arms),
@@ -79,7 +79,7 @@ def _common(arms: Sequence[Arm]) -> list[Section]:
     ]
 
 
-def _fill(
+def fill(
     *,
     eyebrow: str,
     title: str,
@@ -87,6 +87,7 @@ def _fill(
     tiles: Sequence[Tile],
     parts: Sequence[Section],
 ) -> str:
+    """A whole page of these sections, with the glossary entries that they need."""
     script = _asset("report.js")
     light, dark = palette.css()
     metrics = {name for part in parts for name in part.metrics}

@@ -356,11 +356,14 @@ def tiles(arm: Arm) -> list[Tile]:
 
 
 def _spark(arm: Arm, key: str) -> str:
-    """Points of a sparkline in a box of 100 x 28."""
     curve = arm.curve(key)
-    if curve is None or curve.steps.size < 2:
+    return "" if curve is None else spark(curve.steps, curve.values)
+
+
+def spark(x: Vector, y: Vector) -> str:
+    """Points of a sparkline in a box of 100 x 28; none for fewer than two values."""
+    if x.size < 2:
         return ""
-    x, y = curve.steps, curve.values
     span = float(y.max() - y.min()) or 1.0
     across = (x - x[0]) / (x[-1] - x[0]) * 100
     up = 26 - (y - y.min()) / span * 24

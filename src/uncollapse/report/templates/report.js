@@ -135,6 +135,22 @@
     }
   }
 
+  for (const button of document.querySelectorAll(".copy")) {
+    const code = button.closest(".code").querySelector("pre");
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      let done = true;
+      try {
+        await navigator.clipboard.writeText(code.textContent);
+      } catch { // pages opened from disk may not write to the clipboard directly
+        getSelection().selectAllChildren(code);
+        done = document.execCommand("copy");
+      }
+      button.textContent = done ? "Copied" : "Press Ctrl+C";
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    });
+  }
+
   const links = new Map([...document.querySelectorAll("nav li a")].map((a) => [a.hash.slice(1), a]));
   const seen = new Set();
   const watcher = new IntersectionObserver((entries) => {
