@@ -11,14 +11,14 @@ which launches a recipe of any level. See the page on verl in the documentation.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from uncollapse.errors import MissingExtra
 
-if find_spec("verl") is None:
-    raise MissingExtra("verl", "verl")
-
-from uncollapse.integrations.verl.registries import register_all, register_recipe
+try:
+    from uncollapse.integrations.verl.registries import register_all, register_recipe
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("uncollapse"):
+        raise
+    raise MissingExtra(error.name or "verl", "verl") from error
 
 register_all()
 

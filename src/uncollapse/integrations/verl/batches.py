@@ -25,17 +25,17 @@ _READ_BY_LOSS = frozenset({"advantage", "old_logp", "weight", "part", "scale", "
 
 
 def rollout_batch(
-    tensors: Mapping[str, Tensor],
-    prompt: Sequence[Any],
+    tensors: Any,
+    prompt: Any,
     *,
     samples: int,
     ends: Sequence[int],
     clock: Clock,
     stats: Mapping[Stat, Tensor],
 ) -> Batch:
-    """The rows of a rollout as verl's driver holds them; `prompt` is verl's `uid`, equal within a group.
+    """The rows of a rollout as verl's driver holds them.
 
-    A response is finished if its last token is one of `ends`. Raises `DataError` if groups are not what the row
+    `tensors` are those of verl's DataProto by name, `prompt` its array `uid`, equal within a group. A response is finished if its last token is one of `ends`. Raises `DataError` if groups are not what the row
     numbers say: a group advantage over wrong groups would silently be another method.
     """
     ids, mask = tensors["responses"], tensors["response_mask"].bool()
@@ -59,7 +59,7 @@ def rollout_batch(
     return Batch(uid=row, mask=mask, columns=columns, stats=inside, clock=clock)
 
 
-def _check_groups(group: Tensor, prompt: Sequence[Any], samples: int) -> None:
+def _check_groups(group: Tensor, prompt: Any, samples: int) -> None:
     label = torch.from_numpy(np.unique(np.asarray(prompt, dtype=str), return_inverse=True)[1].reshape(-1))
     sizes = torch.bincount(label)
     if bool((sizes != samples).any()):
