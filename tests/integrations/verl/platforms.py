@@ -21,7 +21,7 @@ class CPU(PlatformBase):
         max_memory_allocated=lambda: 0, max_memory_reserved=lambda: 0, memory_allocated=lambda: 0,
         memory_reserved=lambda: 0, empty_cache=lambda: None, synchronize=lambda *a: None, is_available=lambda: False,
         current_device=lambda: "cpu", manual_seed=torch.manual_seed, manual_seed_all=torch.manual_seed,
-        set_device=lambda *a: None, mem_get_info=lambda *a: (0, 0), get_rng_state=torch.get_rng_state,
+        set_device=lambda *a: None, mem_get_info=lambda *a: (0, 0), get_rng_state=torch.get_rng_state, get_device_name=lambda *a: "CPU",
         set_rng_state=torch.set_rng_state,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ pytest.importorskip("verl.trainer", reason="verl is not installed; run: make tes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lab import Table, TableLab
-from workers import LabWorkers, as_verl
+from workers import LabWorkers, as_verl, lab_prompts
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.verl.batches import received
@@ -64,7 +64,7 @@ def through_verl(name, seed, steps, *, ranks=1, micro=2, tokens=10_000, order=0)
     made = method(name)
     engine, raw = sampled(made, seed)
     shuffled = torch.randperm(len(raw), generator=torch.Generator().manual_seed(order))
-    data = as_verl(raw, PROMPTS, seed=order, order=shuffled)
+    data = as_verl(raw, lab_prompts(PROMPTS, order), order=shuffled)
     workers = LabWorkers(engine.policy, ranks=ranks, micro=micro, tokens=tokens, rate=RATE)
     reference = LabWorkers(engine.reference)
     workers.set_loss_fn(RecipeLoss(made))

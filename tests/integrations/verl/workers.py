@@ -19,32 +19,33 @@ from uncollapse.integrations.verl.names import ROW, STATISTICS, output_name
 from uncollapse.measure.statistics import Entropy, Logp
 from uncollapse.measure.token_stats import token_stats_from_logits
 
-WIDTH = TableLab().token_limit
-
-
-def as_verl(raw, prompts, *, seed=0, order=None):
-    """A sampled batch of the lab as verl's driver holds it: prompts padded on the left, responses on the right.
-
-    A prompt is its number and then a few more tokens; `order` is what balancing makes of the rows.
-    """
+def lab_prompts(numbers, seed=0):
+    """The lab's prompts as tokens: the number, then a few that do not matter."""
     generator = torch.Generator().manual_seed(seed)
-    rows, group = len(raw), raw.group
-    extra = torch.randint(0, 4, (int(group.max()) + 1,), generator=generator)[group]
-    wide = int(extra.max()) + 3
-    left = (torch.arange(wide)[None] >= (wide - 1 - extra)[:, None]).long()
-    ids = torch.full((rows, wide), 5) * left
-    ids[torch.arange(rows), wide - 1 - extra] = torch.tensor([prompts[g] for g in group.tolist()])
+    extra = torch.randint(0, 4, (len(numbers),), generator=generator).tolist()
+    return [[number, *[5] * more] for number, more in zip(numbers, extra, strict=True)]
+
+
+def as_verl(raw, prompts, *, order=None):
+    """A sampled batch as verl's driver holds it: prompts padded on the left, responses on the right.
+
+    `prompts` are the token ids of each group's, `order` is what balancing makes of the rows.
+    """
+    rows, group, width = len(raw), raw.group.tolist(), raw.ids.shape[1]
+    wide = max(map(len, prompts)) + 2
+    ids = torch.tensor([[0] * (wide - len(prompts[g])) + prompts[g] for g in group])
+    left = torch.tensor([[0] * (wide - len(prompts[g])) + [1] * len(prompts[g]) for g in group])
     length = raw.columns["length"]
-    right = (torch.arange(WIDTH)[None] < length[:, None]).long()
+    right = (torch.arange(width)[None] < length[:, None]).long()
     attention = torch.cat([left, right], dim=1)
-    scores = torch.zeros(rows, WIDTH, dtype=torch.float64)
+    scores = torch.zeros(rows, width, dtype=torch.float64)
     scores[torch.arange(rows), (length - 1).clamp(min=0)] = raw.reward
     tensors = {
         "prompts": ids, "responses": raw.ids, "input_ids": torch.cat([ids, raw.ids], dim=1), "attention_mask": attention,
         "position_ids": (attention.cumsum(dim=1) - 1).clamp(min=0), "response_mask": raw.mask.long(),
         "token_level_scores": scores, ROW: torch.arange(rows),
     }  # fmt: skip
-    uid = np.array([f"prompt-{g}" for g in group.tolist()], dtype=object)
+    uid = np.array([f"prompt-{g}" for g in group], dtype=object)
     data = DataProto.from_dict(tensors=tensors, non_tensors={"uid": uid})
     data.meta_info["global_token_num"] = attention.sum(dim=1).tolist()
     return data if order is None else data[order]

@@ -1,0 +1,121 @@
+"""verl's real training worker and FSDP engine on the CPU, single process or one of several, over a tiny Llama."""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StableLmConfig
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+
+import uncollapse.integrations.verl.engine  # noqa: F401  (registers the engine)
+from uncollapse.integrations.verl.workers import RecipeTrainingWorker
+
+VOCABULARY = ["<pad>", "<eos>", *"0123456789+= "]
+
+
+MODELS = {
+    "llama": LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        tie_word_embeddings=True, initializer_range=0.2,
+    ),
+    "stablelm": StableLmConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        tie_word_embeddings=True, initializer_range=0.2,
+    ),
+}  # fmt: skip
+"""Llama computes its norms in float32 whatever its weights; StableLM is float64 throughout."""
+
+
+def save_model(folder, kind):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MODELS[kind]).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+
+
+def join(store, rank=0, ranks=1):
+    """The process group, without a port on the network, and what verl's workers read of their launcher."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # read, never connected to
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+
+
+def worker(folder, *, strategy="uncollapse_fsdp2", micro=2, rate=0.5, warmup=0):
+    """verl's worker in float64, which its table of precisions lacks; plain SGD without clipping shows the gradient."""
+    plain = PrecisionType.to_dtype
+    with patch.object(PrecisionType, "to_dtype", lambda name: torch.float64 if name == "fp64" else plain(name)):
+        return _worker(folder, strategy, micro, rate, warmup, "fp64")
+
+
+def _worker(folder, strategy, micro, rate, warmup, precision):
+    model = HFModelConfig(
+        path=str(folder), use_remove_padding=False, enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )  # fmt: skip
+    engine = FSDPEngineConfig(
+        model_dtype=precision, use_torch_compile=False,
+        mixed_precision={"param_dtype": precision, "reduce_dtype": precision, "buffer_dtype": precision},
+    )  # fmt: skip
+    object.__setattr__(engine, "strategy", strategy)
+    engine.use_dynamic_bsz = False
+    engine.micro_batch_size_per_gpu, engine.infer_micro_batch_size_per_gpu = micro, micro
+    optimizer = FSDPOptimizerConfig(
+        optimizer="SGD", lr=rate, weight_decay=0.0, clip_grad=1e9, total_training_steps=10, lr_warmup_steps=warmup,
+        lr_scheduler_type="constant", override_optimizer_config={},
+    )  # fmt: skip
+    made = RecipeTrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model", model_config=model, engine_config=engine, optimizer_config=optimizer,
+            checkpoint_config=CheckpointConfig(),
+        )
+    )  # fmt: skip
+    made.reset()
+    return made
+
+
+class Group:
+    """A worker group as the driver sees it, every process its own share."""
+
+    def __init__(self, training_worker, ranks=1, rank=0):
+        self.worker, self.ranks, self.rank = training_worker, ranks, rank
+        self.rates = []
+
+    def set_loss_fn(self, loss_fn):
+        self.worker.set_loss_fn(loss_fn)
+
+    def compute_log_prob(self, data):
+        output = self.worker.infer_batch(tu.chunk_tensordict(data, self.ranks)[self.rank])
+        shares = [None] * self.ranks
+        names = [name for name in output.keys() if name != "metrics"]  # noqa: SIM118
+        dist.all_gather_object(shares, {name: list(output[name].unbind()) for name in names})
+        whole = {
+            name: torch.nested.as_nested_tensor(
+                list(chain.from_iterable(share[name] for share in shares)), layout=torch.jagged
+            )
+            for name in names
+        }
+        return tu.get_tensordict(whole, {"metrics": tu.get(output, "metrics")})
+
+    def update_actor(self, data):
+        output = self.worker.train_mini_batch(tu.chunk_tensordict(data, self.ranks)[self.rank])
+        self.rates.append(self.worker.engine.optimizer.param_groups[0]["lr"])
+        return output
+
+
+def parameters(training_worker):
+    found = {}
+    for name, value in training_worker.engine.module.state_dict().items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        found[name] = whole.detach().clone()
+    return found
