@@ -93,7 +93,11 @@ def _registry(recipe: Recipe) -> list[str]:
         if name.partition(".")[0] in ("rewards", "advantage"):
             found += _unreadable(stage, _ADVANTAGE_READS, "rollout")
     found += _unreadable(recipe.surrogate, _LOSS_READS, None)
-    if not isinstance(recipe.mean, Sum) and recipe.mean not in (Mean(), Mean(("row",)), Mean(("row",), "all")):
+    if not isinstance(recipe.mean, Sum) and recipe.mean not in (
+        Mean(),
+        Mean(("row",)),
+        Mean(("row",), "all"),
+    ):
         found.append("it has no means over anything but tokens and rows")
     return found
 

@@ -41,7 +41,9 @@ def save_model(folder, kind):
     AutoModelForCausalLM.from_config(MODELS[kind]).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder
+    )
 
 
 def join(store, rank=0, ranks=1):
@@ -54,7 +56,9 @@ def join(store, rank=0, ranks=1):
 def worker(folder, *, strategy="uncollapse_fsdp2", micro=2, rate=0.5, warmup=0):
     """verl's worker in float64, which its table of precisions lacks; plain SGD without clipping shows the gradient."""
     plain = PrecisionType.to_dtype
-    with patch.object(PrecisionType, "to_dtype", lambda name: torch.float64 if name == "fp64" else plain(name)):
+    with patch.object(
+        PrecisionType, "to_dtype", lambda name: torch.float64 if name == "fp64" else plain(name)
+    ):
         return _worker(folder, strategy, micro, rate, warmup, "fp64")
 
 

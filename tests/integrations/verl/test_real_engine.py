@@ -211,7 +211,9 @@ def test_the_learning_rate_schedule_steps_once_per_rollout_batch(folder):
     group = real.Group(training_worker)
     for batch in (1, 2):
         through_verl(group, "clip-cov")
-        assert group.rates[-STEPS:] == pytest.approx([(batch - 1) / 4 * RATE] * (STEPS - 1) + [batch / 4 * RATE])
+        assert group.rates[-STEPS:] == pytest.approx(
+            [(batch - 1) / 4 * RATE] * (STEPS - 1) + [batch / 4 * RATE]
+        )
 
 
 def test_the_ratio_survives_a_call_with_a_single_minibatch(folder):
@@ -241,7 +243,9 @@ def test_the_engine_refuses_what_hides_the_logits(folder, refused):
 def test_two_real_ranks_end_at_the_weights_of_one(folder, tmp_path):
     script = Path(__file__).with_name("two_ranks.py")
     command = [sys.executable, "-W", "ignore", str(script), str(folder), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-3000:]
     for name in ("clip-cov", "nucleus"):

@@ -19,6 +19,7 @@ from uncollapse.integrations.verl.names import ROW, STATISTICS, output_name
 from uncollapse.measure.statistics import Entropy, Logp
 from uncollapse.measure.token_stats import token_stats_from_logits
 
+
 def lab_prompts(numbers, seed=0):
     """The lab's prompts as tokens: the number, then a few that do not matter."""
     generator = torch.Generator().manual_seed(seed)
@@ -84,10 +85,7 @@ class LabWorkers:
             found = token_stats_from_logits(logits, response, stats=asked)
             rows.append((torch.arange(len(response)) + start + before - 1, found))
         places = torch.cat([place for place, _ in rows])
-        full = {
-            s: pieces[s].index_put((places,), torch.cat([found[s] for _, found in rows]))
-            for s in asked
-        }
+        full = {s: pieces[s].index_put((places,), torch.cat([found[s] for _, found in rows])) for s in asked}
         names = {Entropy()} if not tu.get_non_tensor_data(data, "calculate_entropy", False) else set()
         return {
             output_name(s): torch.nested.nested_tensor_from_jagged(v, data["input_ids"].offsets())
@@ -95,12 +93,22 @@ class LabWorkers:
             if s not in names
         }
 
-    def _micro(self, data):
+    def _micro(self, data, least=None):
         tu.assign_non_tensor(
             data, use_dynamic_bsz=self.micro is None, max_token_len_per_gpu=self.tokens,
             micro_batch_size_per_gpu=self.micro,
         )  # fmt: skip
-        return prepare_micro_batches(data)
+        return prepare_micro_batches(data, min_num_micro_batch=least)
+
+    def _evenly(self, shares):
+        """Micro-batches of every rank, equally many, as verl's ranks agree among themselves."""
+        least = None
+        while True:
+            found = [self._micro(share, least) for share in shares]
+            counts = {len(micro) for micro, _ in found}
+            if len(counts) == 1:
+                return found
+            least = max(counts)
 
     def compute_log_prob(self, data):
         found = []
@@ -136,19 +144,23 @@ class LabWorkers:
             reported, loss = [], 0.0
             for share in step:
                 tu.assign_non_tensor(share, dp_size=self.ranks, batch_num_tokens=1)
-                parts, places = [], None
-                micro, places = self._micro(share)
+            for share, (micro, places) in zip(step, self._evenly(step), strict=True):
+                parts = []
                 for m in micro:
                     value, found = self.loss_fn(model_output=self.outputs(m), data=m, dp_group=None)
                     (value / self.ranks).backward()
                     loss += float(value.detach()) / self.ranks
-                    parts.append({"model_output": {}, "loss": float(value.detach()), "metrics": detach_tree(found)})
+                    parts.append(
+                        {"model_output": {}, "loss": float(value.detach()), "metrics": detach_tree(found)}
+                    )
                 reported.append(postprocess_batch_func(parts, places, share)["metrics"])
             self.gradients.append(self.policy.table.grad.clone())
             self.losses.append(loss)
             with torch.no_grad():
                 self.policy.table -= self.rate * self.policy.table.grad
             gathered = {name: [one[name] for one in reported] for name in reported[0]}
-            whole = {n: Metric.aggregate_dp(v) if isinstance(v[0], Metric) else v for n, v in gathered.items()}
+            whole = {
+                n: Metric.aggregate_dp(v) if isinstance(v[0], Metric) else v for n, v in gathered.items()
+            }
             append_to_dict(metrics, {**whole, "grad_norm": 1.0, "lr": 1e-6})
         return tu.get_tensordict({}, {"metrics": metrics})

@@ -69,7 +69,9 @@ def _check_groups(group: Tensor, prompt: Any, samples: int) -> None:
         )
     pairs = torch.unique(torch.stack([group.cpu(), label]), dim=1)
     if pairs.shape[1] != len(sizes):
-        raise DataError("rows of one prompt are not next to each other before balancing; keep verl's row order")
+        raise DataError(
+            "rows of one prompt are not next to each other before balancing; keep verl's row order"
+        )
 
 
 def sent(plan: Batch, recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, Any]]:

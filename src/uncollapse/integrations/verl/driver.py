@@ -78,7 +78,9 @@ class Driver:
 
     # ---- measuring -----------------------------------------------------------------------------------------
 
-    def measure(self, data: Any, wanted: list[Statistic], *, reference: bool = False) -> dict[Statistic, Tensor]:
+    def measure(
+        self, data: Any, wanted: list[Statistic], *, reference: bool = False
+    ) -> dict[Statistic, Tensor]:
         """Statistics of the policy as it is, or of the reference, (row, time); no gradient."""
         inputs, details = self._inputs(data), _asked(wanted)
         tu.assign_non_tensor(inputs, compute_loss=False, **details)
@@ -157,7 +159,9 @@ class Driver:
         """Ranks get consecutive shares of equal size; put the rows so that the shares are about equally long."""
         if self.ranks == 1:
             return rows
-        shares = get_seqlen_balanced_partitions(length[rows].tolist(), k_partitions=self.ranks, equal_size=True)
+        shares = get_seqlen_balanced_partitions(
+            length[rows].tolist(), k_partitions=self.ranks, equal_size=True
+        )
         return rows[torch.tensor([place for share in shares for place in share])]
 
     def _one_update(self, data: Any, mini: Batch, *, last: bool) -> dict[str, float]:

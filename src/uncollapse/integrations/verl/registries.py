@@ -184,7 +184,9 @@ def register_recipe(recipe: Recipe) -> str:
 def _enter(registry: dict[str, Any], register: Any, name: str, function: Any) -> None:
     there = registry.get(name)
     if there is not None and there != function:
-        raise ConfigError(f"verl has something else registered as {name!r}; choose another name for the recipe")
+        raise ConfigError(
+            f"verl has something else registered as {name!r}; choose another name for the recipe"
+        )
     register(name)(function)
 
 

@@ -30,6 +30,7 @@ from uncollapse.integrations.verl_levels import level_for
 from uncollapse.measure.statistics import Entropy, Logp
 from uncollapse.policy.config import resolve
 from uncollapse.policy.recipe import Recipe
+from uncollapse.policy.stages.samplers import PlainSampler
 
 STATE_FILE = "uncollapse_recipe.pt"
 
@@ -60,11 +61,12 @@ def chosen_recipe(config: Any) -> Recipe:
     if not name:
         raise ConfigError("no recipe: give uncollapse.recipe=NAME or a YAML file")
     recipe = copy.deepcopy(resolve(str(name)))
-    rollout = config.actor_rollout_ref.rollout
-    if any(field not in vars(recipe.sampler) for field in ("samples", "temperature")):
+    if not isinstance(recipe.sampler, PlainSampler):  # no level has a place for another
         return recipe
-    sampler = replace(recipe.sampler, samples=rollout.n, temperature=rollout.temperature)  # type: ignore[type-var]
-    return replace(recipe, sampler=sampler)
+    rollout = config.actor_rollout_ref.rollout
+    return replace(
+        recipe, sampler=replace(recipe.sampler, samples=rollout.n, temperature=rollout.temperature)
+    )
 
 
 def reads_reference(recipe: Recipe) -> bool:
@@ -74,6 +76,11 @@ def reads_reference(recipe: Recipe) -> bool:
 
 def refuse(config: Any, recipe: Recipe) -> None:
     """Raise `ConfigError` for options of verl that ask for another loss, or that the recipe cannot run on."""
+    groups = any("group" in stage.needs for stage in recipe.advantage)
+    if groups and config.actor_rollout_ref.rollout.n < 2:
+        raise ConfigError(
+            f"recipe {recipe.name!r} compares the answers to one prompt; set actor_rollout_ref.rollout.n to 2 or more"
+        )
     changed = {
         key: value
         for key, default in OWNED.items()
@@ -85,7 +92,9 @@ def refuse(config: Any, recipe: Recipe) -> None:
             f"{told}: the recipe {recipe.name!r} decides this; leave the default and change the recipe"
         )
     if bool(OmegaConf.select(config, "critic.enable")) or config.algorithm.adv_estimator == "gae":
-        raise ConfigError("recipes train without a critic; set algorithm.adv_estimator=grpo and critic.enable=false")
+        raise ConfigError(
+            "recipes train without a critic; set algorithm.adv_estimator=grpo and critic.enable=false"
+        )
     if bool(OmegaConf.select(config, "distillation.enabled")):
         raise ConfigError("distillation has a loss of its own; leave distillation off")
     wanted = reads_reference(recipe)
@@ -157,7 +166,9 @@ class RecipeTrainer(RayPPOTrainer):
 
     def _compute_ref_log_prob(self, batch: Any) -> Any:
         """The reference was measured with the old policy; verl wants its log-probability under its own name."""
-        return DataProto.from_dict(tensors={"ref_log_prob": batch.batch[f"uncollapse/ref/{Logp()!r}"].float()})
+        return DataProto.from_dict(
+            tensors={"ref_log_prob": batch.batch[f"uncollapse/ref/{Logp()!r}"].float()}
+        )
 
     def _update_actor(self, batch: Any) -> Any:
         """All optimiser steps of this rollout batch."""
