@@ -21,7 +21,7 @@ if VERL:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import platforms  # noqa: F401  (a platform for machines without an accelerator)
-        import verl.trainer.ppo.ray_trainer  # noqa: F401
+        import verl.trainer.ppo.ray_trainer
         import verl.workers.engine_workers  # noqa: F401
 
 

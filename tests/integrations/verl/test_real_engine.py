@@ -236,7 +236,7 @@ def test_the_engine_refuses_what_hides_the_logits(folder, refused):
     else:
         data["temperature"] = torch.ones(2)
     engine = real.worker(folder).engine
-    with pytest.raises(ConfigError, match="fused|temperature per row"):
+    with pytest.raises(ConfigError, match=r"fused|temperature per row"):
         engine.prepare_model_outputs(None, {}, data, None)
 
 

@@ -42,7 +42,7 @@ def configured(*overrides, name="clip-cov", folder="unused"):
         f"uncollapse.recipe={name}", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", f"data.train_batch_size={PROMPTS}",
         f"actor_rollout_ref.rollout.n={SAMPLES}", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "trainer.logger=[]",
         "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.total_epochs=9", "trainer.device=cpu",
-        f"trainer.default_local_dir={folder}", "data.max_response_length=6", "data.dataloader_num_workers=0", "trainer.save_freq=2",
+        f"trainer.default_local_dir={folder}", "data.max_response_length=6", "data.dataloader_num_workers=0", "trainer.save_freq=2", "data.shuffle=false",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2", "trainer.n_gpus_per_node=1",
     ]  # fmt: skip
     with initialize_config_module("uncollapse.integrations.verl.config", version_base=None):
@@ -340,8 +340,12 @@ def test_sizes_that_do_not_divide_are_refused(rows, ranks, message):
     raw = method.sampler(engine, [0, 1, 2], Clock())
     workers = LabWorkers(engine.policy)
     workers.set_loss_fn(RecipeLoss(method))
-    with pytest.raises(ConfigError, match=message):
+
+    def train():
         driver = Driver(method, workers, None, SAMPLES, 1.0, rows, ranks, (0,))
         data = as_verl(raw, lab_prompts([0, 1, 2]))
         driver.record(data)
         driver.update(data, step=0)
+
+    with pytest.raises(ConfigError, match=message):
+        train()

@@ -8,17 +8,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "policy")]
 
-import platforms  # noqa: F401
-import real
-import torch
-import torch.distributed as dist
-
-torch.set_num_threads(1)
-
 
 def main(model, folder, rank):
+    import platforms  # noqa: F401
+    import real
     import test_real_engine as single
+    import torch
+    import torch.distributed as dist
 
+    torch.set_num_threads(1)
     real.join(dist.FileStore(str(Path(folder) / "store"), 2), rank, 2)
     for name in ("clip-cov", "nucleus"):
         training_worker = real.worker(model)

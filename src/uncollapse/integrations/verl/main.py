@@ -135,7 +135,7 @@ class RecipeTaskRunner(BaseTaskRunner):
         trainer.fit()
 
 
-@hydra.main(config_path="config", config_name="uncollapse", version_base=None)
+@hydra.main(config_path="config", config_name="uncollapse", version_base=None)  # type: ignore[untyped-decorator]
 def main(config: Any) -> None:
     """Settle the configuration and train; a setting that cannot be honoured ends in one line."""
     auto_set_device(config)
