@@ -11,7 +11,7 @@ in one loss, decisions over an optimiser step, saved state of a method, dropped 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 from uncollapse.errors import ConfigError, UnknownName
@@ -32,10 +32,12 @@ _LOSS_READS = frozenset({"old_logp", "advantage", Logp("now")})
 
 def refusals(recipe: Recipe) -> Mapping[Level, list[str]]:
     """Why each level cannot express the recipe; an empty list where it can."""
+    sampling = _sampling(recipe)
+    rest = replace(recipe, sampler=PlainSampler()) if sampling else recipe
     return {
-        "registry": _registry(recipe),
-        "trainer": _sampling(recipe) + recipe.refusals(VERL_TRAINER),
-        "engine": _sampling(recipe) + recipe.refusals(VERL_ENGINE),
+        "registry": sampling + _registry(rest),
+        "trainer": sampling + rest.refusals(VERL_TRAINER),
+        "engine": sampling + rest.refusals(VERL_ENGINE),
     }
 
 
@@ -57,14 +59,6 @@ def level_for(recipe: Recipe, asked: str = "auto") -> Level:
     raise ConfigError(f"recipe {recipe.name!r} cannot run on {where}: {'; '.join(reasons[wanted[-1]])}")
 
 
-def verdict(recipe: Recipe) -> str:
-    """One line: the level it runs at, or why it does not run."""
-    try:
-        return f"runs (level {level_for(recipe)})"
-    except ConfigError as error:
-        return str(error).partition(": ")[2]
-
-
 def _sampling(recipe: Recipe) -> list[str]:
     if isinstance(recipe.sampler, PlainSampler):
         return []
@@ -76,7 +70,7 @@ def _sampling(recipe: Recipe) -> list[str]:
 
 def _registry(recipe: Recipe) -> list[str]:
     """A registered advantage sees rewards, mask and groups; a registered loss log-probabilities, advantage, mask."""
-    found = _sampling(recipe)
+    found = []
     if recipe.filters:
         found.append("it cannot drop rows")
     if recipe.weights:
