@@ -31,8 +31,8 @@ test-all: $(VENV)/.dev ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-verl: export OMP_NUM_THREADS = 1
-test-verl: $(VERL_VENV)/.verl ## Run the tests of the verl integration in an environment of their own (Python 3.11 or 3.12)
-	$(VERL_VENV)/bin/python -m pytest -n $(WORKERS) tests/integrations/verl
+test-verl: $(VERL_VENV)/.verl ## Run the tests of the verl integration in an environment of their own (SLOW=1: with a real Ray too)
+	$(VERL_VENV)/bin/python -m pytest -n $(WORKERS) $(if $(SLOW),,-m "not slow") tests/integrations/verl
 
 check: $(VENV)/.dev ## Lint, format, types, import contracts, freshness of the generated pages
 	$(BIN)/ruff check .

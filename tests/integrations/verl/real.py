@@ -6,10 +6,12 @@ import os
 from itertools import chain
 from unittest.mock import patch
 
+import platforms  # noqa: F401  (before verl's engines, which ask for the device)
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, StableLmConfig
+from verl.single_controller.base.decorator import Dispatch, register
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.torch_dtypes import PrecisionType
@@ -53,23 +55,15 @@ def join(store, rank=0, ranks=1):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
-def worker(folder, *, strategy="uncollapse_fsdp2", micro=2, rate=0.5, warmup=0):
-    """verl's worker in float64, which its table of precisions lacks; plain SGD without clipping shows the gradient."""
-    plain = PrecisionType.to_dtype
-    with patch.object(
-        PrecisionType, "to_dtype", lambda name: torch.float64 if name == "fp64" else plain(name)
-    ):
-        return _worker(folder, strategy, micro, rate, warmup, "fp64")
-
-
-def _worker(folder, strategy, micro, rate, warmup, precision):
+def settings(folder, *, strategy="uncollapse_fsdp2", micro=2, rate=0.5, warmup=0):
+    """Of verl's worker: plain SGD without clipping shows the gradient."""
     model = HFModelConfig(
         path=str(folder), use_remove_padding=False, enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa"},
     )  # fmt: skip
     engine = FSDPEngineConfig(
-        model_dtype=precision, use_torch_compile=False,
-        mixed_precision={"param_dtype": precision, "reduce_dtype": precision, "buffer_dtype": precision},
+        model_dtype="fp64", use_torch_compile=False,
+        mixed_precision={"param_dtype": "fp64", "reduce_dtype": "fp64", "buffer_dtype": "fp64"},
     )  # fmt: skip
     object.__setattr__(engine, "strategy", strategy)
     engine.use_dynamic_bsz = False
@@ -78,14 +72,57 @@ def _worker(folder, strategy, micro, rate, warmup, precision):
         optimizer="SGD", lr=rate, weight_decay=0.0, clip_grad=1e9, total_training_steps=10, lr_warmup_steps=warmup,
         lr_scheduler_type="constant", override_optimizer_config={},
     )  # fmt: skip
-    made = RecipeTrainingWorker(
-        TrainingWorkerConfig(
-            model_type="language_model", model_config=model, engine_config=engine, optimizer_config=optimizer,
-            checkpoint_config=CheckpointConfig(),
-        )
+    return TrainingWorkerConfig(
+        model_type="language_model", model_config=model, engine_config=engine, optimizer_config=optimizer,
+        checkpoint_config=CheckpointConfig(),
     )  # fmt: skip
-    made.reset()
+
+
+def double():
+    """verl's table of precisions with float64, which it lacks."""
+    plain = PrecisionType.to_dtype
+    return patch.object(
+        PrecisionType, "to_dtype", lambda name: torch.float64 if name == "fp64" else plain(name)
+    )
+
+
+def worker(folder, **options):
+    """verl's worker in this process, its model built."""
+    with double():
+        made = RecipeTrainingWorker(settings(folder, **options))
+        made.reset()
     return made
+
+
+class RayWorker(RecipeTrainingWorker):
+    """The same as a process of Ray. verl would join the group with a backend per device, of which a CPU has one."""
+
+    def __init__(self, config):
+        dist.init_process_group("gloo")
+        super().__init__(config)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reset(self):
+        with double():
+            super().reset()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def weights(self):
+        return parameters(self)
+
+
+class RayGroup:
+    """A group of such processes under the names by which the driver calls verl's actor workers."""
+
+    def __init__(self, group, ranks):
+        self.group, self.ranks = group, ranks
+        self.set_loss_fn = group.set_loss_fn
+
+    def compute_log_prob(self, data):
+        return self.group.infer_batch(data).get()
+
+    def update_actor(self, data):
+        return self.group.train_mini_batch(data).get()
 
 
 class Group:

@@ -251,3 +251,14 @@ def test_two_real_ranks_end_at_the_weights_of_one(folder, tmp_path):
     for name in ("clip-cov", "nucleus"):
         found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert largest_gap(found, on_the_testbed(folder, name)) < 1e-10
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_real_ray_end_at_the_weights_of_one_process(folder, tmp_path):
+    """The loss is pickled, the planned rows dispatched and the outputs collected by verl and Ray themselves."""
+    script = Path(__file__).with_name("over_ray.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(folder), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "ray.pt", weights_only=True)
+    assert largest_gap(found, on_the_testbed(folder, "clip-cov")) < 1e-10
