@@ -14,8 +14,8 @@ from uncollapse.integrations.verl_levels import LEVELS, level_for, refusals
 from uncollapse.measure import statistics
 from uncollapse.policy.protocols import Needs
 from uncollapse.policy.recipe import Weighted
-from uncollapse.policy.registry import recipe, recipes
 from uncollapse.policy.reduction import Mean
+from uncollapse.policy.registry import recipe, recipes
 from uncollapse.policy.schedules import Linear
 from uncollapse.policy.stages.regularizers import KLPenalty
 from uncollapse.policy.stages.samplers import PlainSampler

@@ -52,10 +52,9 @@ def show(
         return
     card = describe(made, engines=OFFERS, updates=updates)
     if json_:
-        level, reasons = verl_level(made)
-        verl = [] if level else reasons["engine"]
-        engines = {**card.engines, "verl": verl}
-        as_json({**asdict(card), "engines": engines, "verl": {"level": level, "refusals": reasons}})
+        level, refused = verl_level(made)
+        engines = {**card.engines, "verl": [] if level else refused["engine"]}
+        as_json({**asdict(card), "engines": engines, "verl": {"level": level, "refusals": refused}})
         return
     say(f"{card.name}: {card.summary or 'no summary'}")
     if card.paper:
@@ -85,8 +84,8 @@ def show(
         say(f"forward  {line}")
     for name, line in where(made).items():
         say(f"engine   {name}: {line}")
-    for level, reasons in verl_level(made)[1].items():
-        if reasons:
-            say(f"verl     not at level {level}: {'; '.join(reasons)}")
+    for lower, against in verl_level(made)[1].items():
+        if against:
+            say(f"verl     not at level {lower}: {'; '.join(against)}")
     for line in card.warnings:
         say(f"warning  {line}")
