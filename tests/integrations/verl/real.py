@@ -55,10 +55,10 @@ def join(store, rank=0, ranks=1):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
-def settings(folder, *, strategy="uncollapse_fsdp2", micro=2, rate=0.5, warmup=0):
+def settings(folder, *, strategy="uncollapse_fsdp2", micro=2, rate=0.5, warmup=0, packed=False):
     """Of verl's worker: plain SGD without clipping shows the gradient."""
     model = HFModelConfig(
-        path=str(folder), use_remove_padding=False, enable_gradient_checkpointing=False,
+        path=str(folder), use_remove_padding=packed, enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa"},
     )  # fmt: skip
     engine = FSDPEngineConfig(

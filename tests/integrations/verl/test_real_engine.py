@@ -186,6 +186,14 @@ def test_two_optimiser_steps_end_at_the_weights_of_the_testbed(models, kind, nam
     assert len(metrics["loss/surrogate"]) == len(metrics["actor/grad_norm"]) == STEPS
 
 
+@pytest.mark.parametrize("name", ["clip-cov", "nucleus"])
+def test_rows_packed_without_padding_end_at_the_same_weights(folder, name):
+    """verl's remove-padding layout, here with attention that transformers masks by the positions."""
+    training_worker = real.worker(folder, packed=True)
+    through_verl(real.Group(training_worker), name)
+    assert largest_gap(real.parameters(training_worker), on_the_testbed(folder, name)) < 1e-10
+
+
 def test_the_engine_level_is_chosen_for_the_statistic_and_the_trainer_level_says_what_is_missing(folder):
     assert level_for(EXTRA["nucleus"]) == "engine"
     with pytest.raises(ConfigError, match="at level 'trainer': it cannot measure Nucleus"):

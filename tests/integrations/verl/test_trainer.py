@@ -105,14 +105,19 @@ def trainer_of(config, ranks=1, saved=None):
     if saved is not None:
         made.actor_rollout_wg.saved = saved
     made.async_rollout_manager = Rollout(policy)
+    reference = LabWorkers(Table(prompts=5, seed=1))
+    made.ref_policy_wg = SimpleNamespace(compute_ref_log_prob=reference.compute_log_prob)
     made.checkpoint_manager = SimpleNamespace(update_weights=lambda *a: None, sleep_replicas=lambda: None)
     made.connect()
     return made
 
 
-@pytest.mark.parametrize("name", ["grpo", "clip-cov", "adaptive-entropy", "kl-cov"])
+@pytest.mark.parametrize("name", ["grpo", "clip-cov", "adaptive-entropy", "kl-cov", "reference"])
 def test_verls_own_fit_trains_the_same_with_one_rank_and_two(tmp_path, name):
     policies = []
+    if name == "reference":
+        name = tmp_path / "reference.yaml"
+        name.write_text("name: reference\nbase: dr-grpo\nregularizers:\n  - {term: kl-penalty, coef: 0.1}\n")
     for ranks in (1, 2):
         config = configured(
             "trainer.total_training_steps=3",
