@@ -7,10 +7,12 @@ SLUG ?= entropy-mechanism
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+VERL_VENV ?= .venv-verl
+VERL_PIP := $(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check format bench reproduce docs pages clean
+.PHONY: help demo test test-all test-verl check format bench reproduce docs pages clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +29,10 @@ test: $(VENV)/.dev ## Run the tests (WORKERS=2 at a time), all but the slow ones
 test-all: export OMP_NUM_THREADS = 1
 test-all: $(VENV)/.dev ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-verl: export OMP_NUM_THREADS = 1
+test-verl: $(VERL_VENV)/.verl ## Run the tests of the verl integration in an environment of their own (SLOW=1: with a real Ray too)
+	$(VERL_VENV)/bin/python -m pytest -n $(WORKERS) $(if $(SLOW),,-m "not slow") tests/integrations/verl
 
 check: $(VENV)/.dev ## Lint, format, types, import contracts, freshness of the generated pages
 	$(BIN)/ruff check .
@@ -53,7 +59,7 @@ docs: $(VENV)/.docs ## Build the documentation into site/
 	$(BIN)/zensical build --clean --strict
 
 clean: ## Remove the virtual environment, caches and built files (runs/ and results/ stay)
-	rm -rf $(VENV) site build dist .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VERL_VENV) site build dist .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(VENV)/.python:
@@ -78,4 +84,12 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) -e '.[rl,docs]'
+	@touch $@
+
+$(VERL_VENV)/.verl: pyproject.toml constraints-verl.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
+	  echo "verl is tested with Python 3.11 and 3.12 and '$(PYTHON)' is neither; name one: make PYTHON=python3.11 test-verl" >&2; exit 2; }
+	@test -x $(VERL_VENV)/bin/python || $(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_PIP) torch==$$(sed -n 's/^torch==//p' constraints-verl.txt)
+	$(VERL_PIP) -e '.[verl]' beartype hypothesis pytest pytest-xdist
 	@touch $@

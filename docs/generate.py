@@ -200,6 +200,21 @@ def recipes_table(argument: str | None) -> str:
     return "\n\n".join(parts)
 
 
+def engines_table(argument: str | None) -> str:
+    """Every registered recipe on every engine: runs, or why not; for verl the level, and what stands against lower ones."""
+    from uncollapse.cli.engines import verl_level, where
+    from uncollapse.integrations.verl_levels import LEVELS
+    from uncollapse.policy.registry import recipes
+
+    rows = []
+    for name, made in recipes().items():
+        level, reasons = verl_level(made)
+        lower = LEVELS[: LEVELS.index(level)] if level else LEVELS[:1]
+        against = ". ".join(f"{one}: {'; '.join(reasons[one])}" for one in lower)
+        rows.append((f"`{name}`", *where(made).values(), against or "-"))
+    return table(("recipe", "testbed", "TRL", "verl", "why no lower level of verl"), rows)
+
+
 # ---- everything else ---------------------------------------------------------------------------------------
 
 
@@ -366,6 +381,7 @@ SOURCES: Mapping[str, Callable[[str | None], str]] = {
     "benchmarks": benchmarks_table,
     "cli": command_line,
     "confusion": confusion_table,
+    "engines": engines_table,
     "glossary": glossary,
     "papers": papers_table,
     "realruns": real_runs_table,

@@ -169,12 +169,15 @@ def test_recipe_show(capsys):
     code, out, _ = run(capsys, "recipe", "show", "kl-cov", "--updates", "1")
     assert code == 0
     assert "testbed: runs" in out
+    assert "verl: runs (level trainer)" in out
+    assert "not at level registry: it cannot drop rows" in out
     assert "kl-cov does nothing with one optimiser step" in out
     assert "optimiser step" in out
     code, out, _ = run(capsys, "recipe", "show", "grpo", "--yaml")
     assert out.startswith("name: grpo\n")
     card = json.loads(run(capsys, "recipe", "show", "grpo", "--json")[1])
-    assert card["engines"]["testbed"] == []
+    assert card["engines"]["testbed"] == card["engines"]["verl"] == []
+    assert card["verl"]["level"] == "registry"
 
 
 def test_doctor(capsys):

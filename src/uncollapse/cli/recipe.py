@@ -42,7 +42,7 @@ def show(
     recipe
         Name of a recipe, a YAML file, or `file.yaml:name` for one of several in a file.
     """
-    from uncollapse.cli.engines import ABSENT, OFFERS
+    from uncollapse.cli.engines import OFFERS, verl_level, where
     from uncollapse.policy.config import recipe_to_yaml, resolve
     from uncollapse.policy.config.describe import describe
 
@@ -52,9 +52,9 @@ def show(
         return
     card = describe(made, engines=OFFERS, updates=updates)
     if json_:
-        as_json(
-            {**asdict(card), "engines": {**card.engines, **{name: [why] for name, why in ABSENT.items()}}}
-        )
+        level, refused = verl_level(made)
+        engines = {**card.engines, "verl": [] if level else refused["engine"]}
+        as_json({**asdict(card), "engines": engines, "verl": {"level": level, "refusals": refused}})
         return
     say(f"{card.name}: {card.summary or 'no summary'}")
     if card.paper:
@@ -82,9 +82,10 @@ def show(
     say(f"columns  {', '.join(card.columns) or 'none'}")
     for line in card.forwards:
         say(f"forward  {line}")
-    for name, reasons in card.engines.items():
-        say(f"engine   {name}: {'; '.join(reasons) if reasons else 'runs'}")
-    for name, why in ABSENT.items():
-        say(f"engine   {name}: {why}")
+    for name, line in where(made).items():
+        say(f"engine   {name}: {line}")
+    for lower, against in verl_level(made)[1].items():
+        if against:
+            say(f"verl     not at level {lower}: {'; '.join(against)}")
     for line in card.warnings:
         say(f"warning  {line}")
