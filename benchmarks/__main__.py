@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = {"__init__", "__main__", "harness", "record"}
+NOT_BENCHMARKS = {"__init__", "__main__", "harness", "profile_step", "prompts", "record", "trainers"}
 
 
 def names() -> dict[str, str]:
@@ -18,8 +18,17 @@ def names() -> dict[str, str]:
     for path in sorted(HERE.glob("*.py")):
         if path.stem not in NOT_BENCHMARKS:
             body = ast.parse(path.read_text())
-            found[path.stem] = (ast.get_docstring(body) or "").splitlines()[0]
+            summary = (ast.get_docstring(body) or "").splitlines()[0]
+            found |= {f"{path.stem}: {size}" if size else path.stem: summary for size in _sizes(body)}
     return found
+
+
+def _sizes(body: ast.Module) -> list[str]:
+    """The keys of a module's `SIZES`, or one empty name."""
+    for node in body.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["SIZES"]:
+            return list(ast.literal_eval(node.value))
+    return [""]
 
 
 def parser(known: list[str]) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Run contestants alternating on one input, measure time and peak memory, and say on what machine.
 
-A benchmark is a module with `SUMMARY: str` and `case() -> Case`. Times are taken in one process, one contestant after
+A benchmark is a module with `SUMMARY: str` and `case() -> Case`, or with `SIZES`, a mapping, and `case(size)`: it is
+then one benchmark per size, `module: size`. Times are taken in one process, one contestant after
 the other in an order that is shuffled every round; ratios are medians of the rounds' own ratios, so that a
 busy minute hits both sides. Memory is taken in a fresh process per contestant.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import import_module, metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,6 +57,8 @@ class Case:
     absent: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[str, ...] = ("torch",)
     goals: tuple[Goal, ...] = ()
+    baseline: str = OURS
+    """Whose time all times are divided by."""
     score: Callable[[], Mapping[str, Any]] | None = None
     """What is measured besides time and memory; it is recorded as it is, and its numbers are a row `score` for goals."""
 
@@ -78,8 +82,10 @@ def times(
     return wall, cpu
 
 
-def summary(wall: Mapping[str, list[float]], cpu: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Median, 20 and 80 percentiles, minimum, and the median over rounds of each one's time over ours.
+def summary(
+    wall: Mapping[str, list[float]], cpu: Mapping[str, list[float]], baseline: str = OURS
+) -> dict[str, dict[str, Any]]:
+    """Median, 20 and 80 percentiles, minimum, and the median over rounds of each one's time over the baseline's.
 
     Processor time is kept beside wall time: other processes on the machine disturb it less.
     """
@@ -88,16 +94,23 @@ def summary(wall: Mapping[str, list[float]], cpu: Mapping[str, list[float]]) -> 
         low, high = _percentiles(own)
         rows[name] = {
             "seconds": {"median": statistics.median(own), "p20": low, "p80": high, "min": min(own)},
-            "time_over_ours": _over_ours(wall, name),
-            "min_over_ours": min(own) / min(wall[OURS]),
+            "time_over_ours": _over(wall, name, baseline),
+            "min_over_ours": min(own) / min(wall[baseline]),
             "cpu_seconds": statistics.median(cpu[name]),
-            "cpu_over_ours": _over_ours(cpu, name),
+            "cpu_over_ours": _over(cpu, name, baseline),
         }
     return rows
 
 
-def _over_ours(seconds: Mapping[str, list[float]], name: str) -> float:
-    return statistics.median(own / ours for own, ours in zip(seconds[name], seconds[OURS], strict=True))
+def _over(seconds: Mapping[str, list[float]], name: str, baseline: str) -> float:
+    return statistics.median(own / base for own, base in zip(seconds[name], seconds[baseline], strict=True))
+
+
+def load(name: str) -> tuple[ModuleType, Case]:
+    """The module of a benchmark and its case."""
+    stem, _, size = name.partition(": ")
+    module = import_module(f"benchmarks.{stem}")
+    return module, module.case(size) if size else module.case()
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:
@@ -193,14 +206,13 @@ def run(name: str, *, rounds: int, threads: int, say: Callable[[str], None]) -> 
     """One benchmark: agreement first, then times, then memory."""
     torch.set_num_threads(threads)
     host = machine(threads)
-    module = import_module(f"benchmarks.{name}")
-    case: Case = module.case()
+    module, case = load(name)
     for peer, reason in case.absent.items():
         say(f"{name}: {peer} is absent: {reason}")
     say(f"{name}: comparing results")
     differences = dict(case.check())
     say(f"{name}: {rounds} rounds of {', '.join(case.contestants)}")
-    rows = summary(*times(case.contestants, rounds=rounds, tick=lambda: say(".")))
+    rows = summary(*times(case.contestants, rounds=rounds, tick=lambda: say(".")), case.baseline)
     for contestant, row in rows.items():
         say(f"{name}: memory of {contestant}")
         row["extra_peak_mb"] = round(extra_peak_bytes(name, contestant, threads) / 1e6, 1)
@@ -225,7 +237,7 @@ def run(name: str, *, rounds: int, threads: int, say: Callable[[str], None]) -> 
 def memory_of(name: str, contestant: str, threads: int) -> int:
     """What the child process of `extra_peak_bytes` does."""
     torch.set_num_threads(threads)
-    case: Case = import_module(f"benchmarks.{name}").case()
+    _, case = load(name)
     case.warm_up.get(
         contestant, lambda: None
     )()  # imports and library workspaces are not the contestant's memory

@@ -44,7 +44,7 @@ def case() -> Case:
         goals=(
             Goal(
                 "dearest recipe without statistics of the whole vocabulary, over grpo",
-                lambda rows: cost(rows, set(rows) - vocabulary),
+                lambda rows: cost(rows, set(known) - vocabulary),
                 PLAIN,
                 False,
             ),

@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, Mixtr
 
 from uncollapse.errors import DataError
 from uncollapse.integrations.fused_forward import add_completion_stats, packed_stats, padded_stats
-from uncollapse.integrations.shared_prefix import enable_packing, pack, packed_inputs, supports_packing
+from uncollapse.integrations.shared_prefix import enable_packing, pack, supports_packing
 from uncollapse.measure.statistics import Entropy, Logp, NucleusEntropy
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -121,7 +121,7 @@ def test_an_empty_prompt_is_an_error():
 def test_equal_neighbouring_prompts_are_one_whatever_their_groups_are():
     inputs = rows([2, 2], [3, 3], [2, 2, 2, 2])
     inputs["prompt_ids"][2:] = inputs["prompt_ids"][:2]
-    assert len(pack(**inputs, counted=inputs["completion_mask"].bool()).layout.prompt) == 1
+    assert len(pack(**inputs, counted=inputs["completion_mask"].bool()).layout.prompt.token) == 1
 
 
 def test_without_a_layout_the_model_is_unchanged():
@@ -147,7 +147,14 @@ def test_limited_attention_and_experts_are_not():
     assert supports_packing(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)))
 
 
-def test_layout_travels_as_tensors():
-    inputs = rows([2], [3], [2, 2])
-    layout = packed_inputs(pack(**inputs, counted=inputs["completion_mask"].bool()))["shared_prefix"]
-    assert all(isinstance(part, torch.Tensor) for part in layout)
+@pytest.mark.parametrize("groups", [[4], [2, 2]])
+@pytest.mark.parametrize("lengths", [[5, 5, 5, 5], [5, 2, 5, 1]])
+@pytest.mark.parametrize("prompts", [3, 2])
+def test_grids_with_and_without_gaps(groups, lengths, prompts):
+    inputs = rows(groups, [3, prompts][: len(groups)], lengths)
+    counted = inputs["completion_mask"].bool()
+    padded = padded_stats(_LLAMA, [Logp()], **inputs, counted=counted)
+    packed = packed_stats(_LLAMA, [Logp()], **inputs, counted=counted)
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-12)
+    found, expected = (loss_and_gradient(_LLAMA, value, counted) for value in (packed, padded))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)

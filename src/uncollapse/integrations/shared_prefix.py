@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -33,18 +33,49 @@ _BASES = ("sdpa", "flash_attention_2", "flash_attention_3")
 _PREFIX = "shared_prefix|"
 
 
-class Layout(NamedTuple):
-    """How packed tokens lie in prompts and completions; a tuple of tensors, so that data parallelism can carry it.
+class Grid(NamedTuple):
+    """Consecutive packed tokens as rows of slots, padded on the right.
 
-    Indices beyond the end of a prompt or completion point to token 0 and are masked or discarded.
+    `token` is the packed token of each slot, 0 where there is none; `slot` the flat slot of each token; `start` the
+    first token.
     """
 
-    prompt: Int[Tensor, "prompt place"]
-    completion: Int[Tensor, "row slot"]
+    token: Int[Tensor, "row slot"]
+    slot: Int[Tensor, " token"]
+    start: int
+
+    def lay_out(self, x: Float[Tensor, "1 head token dim"]) -> Float[Tensor, "row head slot dim"]:
+        """States of packed tokens in their slots; anything in the slots that hold none."""
+        tokens = x[0].transpose(0, 1)
+        if self._dense:
+            laid = tokens.narrow(0, self.start, len(self.slot))
+        else:
+            laid = tokens.index_select(0, self.token.reshape(-1))
+        return laid.unflatten(0, self.token.shape).transpose(1, 2)
+
+    def collect(self, x: Float[Tensor, "row head slot dim"]) -> Float[Tensor, "token head dim"]:
+        """States of the slots that hold a token."""
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return flat if self._dense else flat.index_select(0, self.slot)
+
+    @property
+    def _dense(self) -> bool:
+        return self.token.numel() == self.slot.numel()
+
+
+class Layout(NamedTuple):
+    """How packed tokens lie in prompts and completions; tuples and tensors, so that data parallelism can carry it."""
+
+    prompt: Grid
+    completion: Grid
     owner: Int[Tensor, " row"]
+    """The prompt of each completion."""
     visible: Bool[Tensor, "#row 1 slot key"]
-    place: Int[Tensor, " token"]
-    """For every packed token its flat index in `prompt`, followed by those in `completion` (offset by its size)."""
+    """Which keys (the prompt's, then the completion's own) each slot of a completion attends to."""
+
+    def shared(self, x: Float[Tensor, "prompt head place dim"]) -> Float[Tensor, "row head place dim"]:
+        """A prompt's states for each of its completions."""
+        return x.expand(len(self.owner), -1, -1, -1) if len(x) == 1 else x.index_select(0, self.owner)
 
 
 class Packed(NamedTuple):
@@ -94,14 +125,12 @@ def pack(
     prompt_position = (present.cumsum(dim=1) - 1)[present]
     read_position = (read.cumsum(dim=1) - 1 + lengths[owner][:, None])[read]
     total = int(lengths.sum())
-    prompt_grid, prompt_place = _right_padded(present, 0)
-    completion_grid, completion_place = _grid(read, width, total)
+    places = torch.arange(int(lengths.amax()), device=lengths.device)
     layout = Layout(
-        prompt=prompt_grid,
-        completion=completion_grid,
+        prompt=_grid(places < lengths[:, None], 0),
+        completion=_grid(read[:, :width], total),
         owner=owner,
         visible=_visible(lengths, owner, width),
-        place=torch.cat([prompt_place, completion_place + prompt_grid.numel()]),
     )
     # What predicts the first token of a completion is the last of its prompt; any other, the token before it.
     number = torch.full(read.shape, -1, dtype=torch.long, device=read.device)
@@ -130,23 +159,14 @@ def distinct(ids: Int[Tensor, "row time"]) -> tuple[Int[Tensor, " prompt"], Int[
     return fresh.nonzero()[:, 0], fresh.long().cumsum(0) - 1
 
 
-def _right_padded(present: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Grid of packed indices for tokens at `present`, moved to the left, and the flat index of each token in it."""
-    lengths = present.sum(dim=1)
-    width = int(lengths.amax())
-    slots = torch.arange(width, device=present.device)
-    return _grid(slots < lengths[:, None], width, first)
-
-
-def _grid(where: Tensor, width: int, first: int) -> tuple[Tensor, Tensor]:
-    where = where[:, :width]
-    grid = torch.zeros(where.shape, dtype=torch.long, device=where.device)
-    grid[where] = first + torch.arange(int(where.sum()), device=where.device)
-    return grid, where.reshape(-1).nonzero()[:, 0]
+def _grid(where: Tensor, start: int) -> Grid:
+    token = torch.zeros(where.shape, dtype=torch.long, device=where.device)
+    slot = where.reshape(-1).nonzero()[:, 0]
+    token.view(-1)[slot] = torch.arange(start, start + len(slot), device=where.device)
+    return Grid(token, slot, start)
 
 
 def _visible(lengths: Tensor, owner: Tensor, width: int) -> Tensor:
-    """Which keys (the prompt's, then the completion's own) each slot of a completion attends to."""
     device, most = lengths.device, int(lengths.amax())
     own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     # Completions are padded on the right, where causality hides the padding: rows differ in their prompts alone.
@@ -166,22 +186,19 @@ def attend(
 
     Returns (1, token, head, dim).
     """
-    shared_query, shared_key, shared_value = (_laid_out(x, layout.prompt) for x in (query, key, value))
-    outputs = [_sdpa(shared_query, shared_key, shared_value, None, scale=scale, dropout=dropout)]
-    if layout.completion.numel():
-        own_query, own_key, own_value = (_laid_out(x, layout.completion) for x in (query, key, value))
+    prompt, completion = layout.prompt, layout.completion
+    shared_query, shared_key, shared_value = (prompt.lay_out(x) for x in (query, key, value))
+    output = _sdpa(shared_query, shared_key, shared_value, None, scale=scale, dropout=dropout)
+    outputs = [prompt.collect(output)]
+    if completion.token.numel():
+        own_query, own_key, own_value = (completion.lay_out(x) for x in (query, key, value))
         keys, values = (
-            torch.cat([shared.index_select(0, layout.owner), own], dim=2)
+            torch.cat([layout.shared(shared), own], dim=2)
             for shared, own in ((shared_key, own_key), (shared_value, own_value))
         )
-        outputs.append(_sdpa(own_query, keys, values, layout.visible, scale=scale, dropout=dropout))
-    flat = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
-    return flat.index_select(0, layout.place)[None]
-
-
-def _laid_out(x: Tensor, index: Tensor) -> Tensor:
-    tokens = x[0].transpose(0, 1)
-    return tokens.index_select(0, index.reshape(-1)).unflatten(0, index.shape).transpose(1, 2)
+        output = _sdpa(own_query, keys, values, layout.visible, scale=scale, dropout=dropout)
+        outputs.append(completion.collect(output))
+    return torch.cat(outputs)[None]
 
 
 def _sdpa(
