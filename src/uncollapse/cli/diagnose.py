@@ -54,7 +54,7 @@ def diagnose(
     map_
         Which column is which, where the names do not say: `entropy=NAME reward=NAME`.
     tokens
-        A token dump of this run: says which tokens spent the entropy.
+        A token dump of this run: says which tokens spent the entropy. A run directory of ours brings its own.
     html
         Write a page with figures to this file.
     fail_on
@@ -70,7 +70,8 @@ def diagnose(
     if watch:
         return _follow(path, mapping, html=html, fail_on=fail_on, every=every, json_=json_)
     found = _diagnosed(path, mapping)
-    account = None if tokens is None else _account(tokens, len(found))
+    dump = tokens or _own_dump(path, len(found))
+    account = None if dump is None else _account(dump, len(found))
     if json_:
         told = {} if account is None else {"tokens": _plain(account)}
         as_json({"schema": 1, "runs": [one.to_dict() for one in found], **told})
@@ -114,6 +115,14 @@ def _diagnosed(path: Path, mapping: dict[str, str]) -> list[Diagnosis]:
     from uncollapse.diagnose.readers import read
 
     return [judge(log) for log in read(path, mapping=mapping)]
+
+
+def _own_dump(path: Path, runs: int) -> Path | None:
+    """The token dump that a run of ours has in its directory."""
+    from uncollapse.runs import DUMP
+    from uncollapse.token_dump import is_dump
+
+    return path / DUMP if runs == 1 and is_dump(path / DUMP) else None
 
 
 def _account(tokens: Path, runs: int) -> Attribution:
