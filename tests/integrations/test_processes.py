@@ -1,7 +1,6 @@
 """Two processes give the loss and the weights of one, for every recipe.
 
-One update per rollout: with several, which rows share an update depends on the shuffle of each process. A recipe that
-samples again is left out: how many fresh prompts a round takes is the largest number that any process lacks.
+One update per rollout: with several, which rows share an update depends on how many processes take part.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import pytest
 import torch
 
 from uncollapse.policy.registry import recipes
-from uncollapse.policy.stages.samplers import PlainSampler
+from uncollapse.policy.stages.samplers import DynamicSampler
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-NAMES = [name for name, method in recipes().items() if isinstance(method.sampler, PlainSampler)]
+NAMES = list(recipes())
 
 
 def train(folder: Path, processes: int) -> dict:
@@ -46,6 +45,15 @@ def both(tmp_path_factory) -> tuple[dict, dict]:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_equal_one(both, name):
     one, two = (found[name] for found in both)
+    assert two["rewards"] == pytest.approx(one["rewards"], abs=1e-6)
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
     for key, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_dynamic_sampling_did_sample_again_in_both(both):
+    (name,) = (name for name, method in recipes().items() if isinstance(method.sampler, DynamicSampler))
+    one, two = (found[name] for found in both)
+    assert min(one["oversampling"]) > 1
+    # Equal shares per process may add a group that no dead one needs.
+    assert min(two["oversampling"]) > 1

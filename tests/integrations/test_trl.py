@@ -305,13 +305,7 @@ def test_an_unscorable_row_is_named_and_leaves_the_loss(tmp_path):
 
 
 def test_dynamic_sampling_replaces_dead_groups(tmp_path):
-    def odd_prompts_are_dead(prompts, completions, **columns):
-        return [
-            0.0 if int(p.split("=")[0].split("+")[0]) % 2 else float(len(c))
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-
-    trainer, _ = run(tmp_path, recipe="dapo", reward=odd_prompts_are_dead, per_device_train_batch_size=16)
+    trainer, _ = run(tmp_path, recipe="dapo", reward=toy.odd_prompts_are_dead, per_device_train_batch_size=16)
     logged = [row for row in trainer.state.log_history if "sampler/oversampling" in row]
     assert logged[0]["sampler/oversampling"] > 1
     assert logged[0]["reward/zero_variance_groups"] < 0.5

@@ -85,6 +85,14 @@ def digit_share(prompts, completions, answer, **columns):
     ]
 
 
+def odd_prompts_are_dead(prompts, completions, **columns):
+    """The length of a completion where the prompt's number is even; elsewhere a group's rewards are all equal."""
+    return [
+        0.0 if int(p.split("=")[0].split("+")[0]) % 2 else float(len(c))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
 def config(output, **changes):
     settings = {
         "output_dir": str(output), "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6,

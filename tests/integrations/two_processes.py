@@ -12,13 +12,16 @@ import toy
 from test_trl import scripted
 
 from uncollapse.integrations.trl import GRPOTrainer
+from uncollapse.policy.registry import recipe
+from uncollapse.policy.stages.samplers import DynamicSampler
 
 
 def train(folder: Path, name: str, processes: int) -> dict | None:
-    """Losses and weights, on the main process."""
+    """Losses, what was sampled and weights, on the main process."""
+    dynamic = isinstance(recipe(name).sampler, DynamicSampler)
     trainer = GRPOTrainer(
         toy.llama(),
-        toy.digit_share,
+        toy.odd_prompts_are_dead if dynamic else toy.digit_share,
         toy.config(
             folder, per_device_train_batch_size=8 // processes, gradient_accumulation_steps=2,
             max_grad_norm=0.0, optim="sgd", learning_rate=0.5, ddp_find_unused_parameters=False,
@@ -31,8 +34,13 @@ def train(folder: Path, name: str, processes: int) -> dict | None:
     trainer.train()
     if not trainer.accelerator.is_main_process:
         return None
-    losses = [row["loss/surrogate"] for row in trainer.state.log_history if "loss/surrogate" in row]
-    return {"losses": losses, "weights": dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())}
+    rows = [row for row in trainer.state.log_history if "loss/surrogate" in row]
+    return {
+        "losses": [row["loss/surrogate"] for row in rows],
+        "rewards": [row["reward/mean"] for row in rows],
+        "oversampling": [row.get("sampler/oversampling", 1.0) for row in rows],
+        "weights": dict(trainer.accelerator.unwrap_model(trainer.model).state_dict()),
+    }
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from uncollapse import __version__
-from uncollapse.cli.output import console, fail, note, show_warnings
+from uncollapse.cli.output import console, fail, fail_alone, note, show_warnings
 from uncollapse.errors import UncollapseError
+from uncollapse.integrations.processes import ProcessError
 
 _VERBS = {
     "demo": "uncollapse.cli.demo:demo",
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             exit_on_error=False,
             result_action="return_value",
         )
+    except ProcessError as error:
+        fail_alone(str(error))
+        return 2
     except (UncollapseError, CycloptsError) as error:
         fail(_advice(error))
         return 2

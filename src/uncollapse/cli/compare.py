@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from uncollapse.cli.catalogue import AsJson
 from uncollapse.cli.output import as_json, note, say, table
 from uncollapse.cli.train import Flags, reported
+from uncollapse.integrations.processes import leads
 
 if TYPE_CHECKING:
     from uncollapse.integrations.settings import TrainConfig
@@ -85,7 +86,8 @@ def run_comparison(base: TrainConfig, recipes: Sequence[Recipe], seeds: Sequence
         except Interrupted as error:
             error.args = ("interrupted; the same command again continues the comparison",)
             raise
-    comparison.write_summary(summarise(comparison))
+    if leads():
+        comparison.write_summary(summarise(comparison))
     return comparison
 
 

@@ -1,4 +1,7 @@
-"""Where the command line writes: results to stdout, everything else to stderr; tables, JSON, one-line messages."""
+"""Where the command line writes: results to stdout, everything else to stderr; tables, JSON, one-line messages.
+
+Of several processes that train together, the leading one alone writes.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from uncollapse.integrations.processes import leads
+
 _PLAIN_WIDTH = 160
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console on the current stdout or stderr; without colour where it is no terminal or NO_COLOR is set."""
+    return _console(stderr=stderr, quiet=not leads())
+
+
+def _console(*, stderr: bool, quiet: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     wide = stream.isatty() or "COLUMNS" in os.environ
-    return Console(file=stream, highlight=False, soft_wrap=False, width=None if wide else _PLAIN_WIDTH)
+    width = None if wide else _PLAIN_WIDTH
+    return Console(file=stream, highlight=False, soft_wrap=False, width=width, quiet=quiet)
 
 
 def say(text: str) -> None:
@@ -35,8 +45,17 @@ def note(text: str) -> None:
 
 def fail(message: str) -> None:
     """The one line of an error."""
+    _error_line(console(stderr=True), message)
+
+
+def fail_alone(message: str) -> None:
+    """The one line of an error that this process alone knows, leading or not."""
+    _error_line(_console(stderr=True, quiet=False), message)
+
+
+def _error_line(screen: Console, message: str) -> None:
     line = " ".join(message.split())
-    console(stderr=True).print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    screen.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
 
 
 def show_warnings() -> None:
@@ -54,7 +73,9 @@ def show_warnings() -> None:
 
 def as_json(data: Any) -> None:
     """A result for programs."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    if leads():
+        sys.stdout.write(text + "\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:

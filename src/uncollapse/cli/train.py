@@ -12,6 +12,7 @@ import yaml
 from cyclopts import Group, Parameter
 
 from uncollapse.cli.output import note, say
+from uncollapse.integrations.processes import leads
 
 if TYPE_CHECKING:
     from uncollapse.integrations.settings import TrainConfig
@@ -46,7 +47,7 @@ class Flags:
     max_tokens
         Limit on the tokens of a completion. [by model size: 48, 128, 512]
     micro_batch
-        Rows per forward pass with gradient: memory against speed, the result stays the same.
+        Rows per forward pass with gradient in each process: memory against speed, the result stays the same.
     share_prompts
         Compute a prompt once for all its completions, where the model supports it: faster, same result. [yes]
     checkpoint_every
@@ -144,13 +145,15 @@ def run_once(config: TrainConfig, *, resume: bool) -> Run:
 
 @contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Write the report of a run or comparison after the block, also when it was interrupted."""
+    """Write the report of a run or comparison after the block, also when it was interrupted, in the leading process."""
     from uncollapse import report
     from uncollapse.integrations.interrupts import Interrupted
 
     try:
         yield
     except Interrupted:
-        note(f"report so far: {report.write(path)}")
+        if leads():
+            note(f"report so far: {report.write(path)}")
         raise
-    report.write(path)
+    if leads():
+        report.write(path)

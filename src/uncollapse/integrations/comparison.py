@@ -9,6 +9,7 @@ from typing import Any
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.launch import train
+from uncollapse.integrations.processes import join
 from uncollapse.integrations.progress import Watch, unwatched
 from uncollapse.integrations.settings import TrainConfig
 from uncollapse.policy.config import recipe_to_dict
@@ -38,13 +39,15 @@ def compare(
     """
     _distinct("recipe", [made.name for made in recipes])
     _distinct("seed", list(seeds))
-    comparison = _opened(base, recipes, seeds)
+    processes = join()
+    comparison = processes.from_first(lambda: _opened(base, recipes, seeds))
     plan = [(made, seed) for seed in seeds for made in recipes]
     for number, (made, seed) in enumerate(plan, start=1):
         path = comparison.run_path(made.name, seed)
         following(made.name, seed, number, len(plan))
         settings = replace(base, recipe=made, seed=seed, output=str(path))
-        train(settings, progress=progress, resume=(path / CONFIG).exists())
+        started = processes.from_first((path / CONFIG).exists)
+        train(settings, progress=progress, resume=started)
     return comparison
 
 

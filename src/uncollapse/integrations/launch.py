@@ -1,11 +1,13 @@
 """From settings to a finished run: build model, data and trainer, train, and be able to go on after any end.
 
 run = train(settings(recipe="clip-cov", model="tiny", task="modsum", steps=100, output="runs/clip-cov"))
+
+Started by torchrun or accelerate, several processes train together: settings mean the same whatever their number, the
+rows of a step are split over them.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
@@ -17,6 +19,7 @@ import yaml
 from uncollapse import __version__
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.integrations.interrupts import Interrupted, StopRequest, stop_requests
+from uncollapse.integrations.processes import Processes, join
 from uncollapse.integrations.progress import Progress, Watch, unwatched
 from uncollapse.integrations.quiet import quiet_libraries, stay_offline
 from uncollapse.integrations.settings import SMALL, TrainConfig, read_settings
@@ -55,19 +58,19 @@ def train(config: TrainConfig, *, progress: Watch = unwatched, resume: bool = Fa
         ConfigError: settings that cannot be honoured, or that are not those of the run to resume.
         MissingExtra: the training libraries are not installed.
     """
-    _one_process()
-    run = Run.open(config.output) if resume else None
-    if run is not None:
-        config = _same_run(run, config)
-        run = _restated(run, config)
-        if finished(run):
+    processes = join()
+    if resume:
+        run, config, done = processes.from_first(lambda: _reopened(config))
+        if done:
             return run
-    world, config = build(config)
-    if run is None:
-        run = Run.create(config.output, {**config.to_dict(), "versions": _versions()})
+    world, config = processes.together(lambda: build(config, processes.count))
+    if not resume:
+        run = processes.from_first(
+            lambda: Run.create(config.output, {**config.to_dict(), "versions": _versions()})
+        )
     with stop_requests(lambda: progress(Progress(0, config.steps, {}, "stopping after this step"))) as stop:
-        _run(config, world, run, stop, progress)
-    if stop.requested and not finished(run):
+        _run(config, world, run, stop, progress, processes)
+    if stop.requested and not processes.from_first(lambda: finished(run)):
         raise Interrupted(run)
     return run
 
@@ -93,8 +96,8 @@ def last_checkpoint(run: Run) -> Path | None:
     return max(found, key=_number, default=None)
 
 
-def build(config: TrainConfig) -> tuple[World, TrainConfig]:
-    """Load model and data; the settings come back with every default decided."""
+def build(config: TrainConfig, processes: int = 1) -> tuple[World, TrainConfig]:
+    """Load model and data; the settings come back with every default decided for so many processes."""
     import torch
 
     from uncollapse import models
@@ -103,7 +106,7 @@ def build(config: TrainConfig) -> tuple[World, TrainConfig]:
     quiet_libraries()
     model, tokenizer = models.load(config.model)
     parameters = sum(p.numel() for p in model.parameters())
-    config = config.resolved(parameters)
+    config = config.resolved(parameters, processes)
     if parameters < SMALL:
         # A toy's products are too small to share: two threads take three times as long.
         torch.set_num_threads(1)
@@ -129,46 +132,55 @@ def _task(config: TrainConfig) -> Task:
     return tasks.task(config.task)
 
 
-def _run(config: TrainConfig, world: World, run: Run, stop: StopRequest, progress: Watch) -> None:
-    trainer = _trainer(config, world, run, stop, progress)
-    checkpoint = last_checkpoint(run)
+def _run(
+    config: TrainConfig, world: World, run: Run, stop: StopRequest, progress: Watch, processes: Processes
+) -> None:
+    trainer = processes.together(lambda: _trainer(config, world, run, stop, progress, processes))
+    checkpoint = processes.from_first(lambda: last_checkpoint(run))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except Exception as error:
         if not any(sign in str(error) for sign in _FULL_DISK) or isinstance(error, DataError):
-            raise
+            raise processes.alone(error) from error.__cause__
         raise DataError(
             f"the disk is full: a file below {run.path} could not be written; make room and continue with --resume"
         ) from error
 
 
-def _trainer(config: TrainConfig, world: World, run: Run, stop: StopRequest, progress: Watch) -> Any:
+def _trainer(
+    config: TrainConfig, world: World, run: Run, stop: StopRequest, progress: Watch, processes: Processes
+) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback
 
     from uncollapse.integrations.evaluation import Sampler
     from uncollapse.integrations.recorder import Recorder
+    from uncollapse.integrations.stopping import StopBetweenRollouts
     from uncollapse.integrations.trl import GRPOTrainer
 
     temperature = config.recipe.sampler.temperature
     assert config.max_tokens is not None
     sampler = Sampler(world.model, world.tokenizer, temperature, config.max_tokens)
+    recorders = (
+        [Recorder(run, config, world.task, sampler, world.held_out, progress)] if processes.leads else []
+    )
     trainer = GRPOTrainer(
         world.model,
         reward_funcs=world.task.reward,
-        args=_arguments(config, run),
+        args=_arguments(config, run, processes.count),
         train_dataset=Dataset.from_list(world.rows),
         processing_class=world.tokenizer,
         recipe=config.recipe,
         share_prompts=config.share_prompts,
         dump_tokens=run.path / DUMP if config.dump_tokens else None,
-        callbacks=[Recorder(run, config, world.task, sampler, world.held_out, stop, progress)],
+        # In this order: the row of a step is written before the run may stop.
+        callbacks=[*recorders, StopBetweenRollouts(stop, config.updates, processes)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _arguments(config: TrainConfig, run: Run) -> Any:
+def _arguments(config: TrainConfig, run: Run, processes: int) -> Any:
     import torch
     from trl import GRPOConfig
 
@@ -180,8 +192,8 @@ def _arguments(config: TrainConfig, run: Run) -> Any:
         output_dir=str(run.checkpoints),
         max_steps=config.steps * config.updates,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.update_rows // micro,
-        steps_per_generation=config.rollout_rows // micro,
+        gradient_accumulation_steps=config.update_rows // (micro * processes),
+        steps_per_generation=config.rollout_rows // (micro * processes),
         num_generations=config.samples,
         temperature=config.recipe.sampler.temperature,
         max_completion_length=config.max_tokens,
@@ -197,9 +209,18 @@ def _arguments(config: TrainConfig, run: Run) -> Any:
         bf16=gpu and torch.cuda.is_bf16_supported(),
         gradient_checkpointing=False,
         dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def _reopened(config: TrainConfig) -> tuple[Run, TrainConfig, bool]:
+    """The run that is in the directory, its settings with those that may change, and whether it is finished."""
+    run = Run.open(config.output)
+    config = _same_run(run, config)
+    run = _restated(run, config)
+    return run, config, finished(run)
 
 
 def _same_run(run: Run, config: TrainConfig) -> TrainConfig:
@@ -229,13 +250,6 @@ def _restated(run: Run, config: TrainConfig) -> Run:
     text = yaml.safe_dump({**run.config, **config.to_dict()}, sort_keys=False, allow_unicode=True)
     run.write_text(CONFIG, text)
     return Run.open(run.path)
-
-
-def _one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "train runs in one process; for several, use uncollapse.integrations.trl.GRPOTrainer in a script of your own"
-        )
 
 
 def _number(checkpoint: Path) -> int:

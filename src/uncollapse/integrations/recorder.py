@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 
 from uncollapse.errors import DataError
 from uncollapse.integrations.evaluation import Sampler, evaluate, probe_completions, score_probe
-from uncollapse.integrations.interrupts import StopRequest
 from uncollapse.integrations.progress import Progress, Watch
 from uncollapse.integrations.settings import TrainConfig
 from uncollapse.measure.entropy_law import fit_entropy_law
@@ -54,7 +53,6 @@ class Recorder(TrainerCallback):
     task: Task
     sampler: Sampler
     held_out: list[Row]
-    stop: StopRequest
     watch: Watch
 
     def __post_init__(self) -> None:
@@ -97,17 +95,6 @@ class Recorder(TrainerCallback):
             self._score_probes(step + 1)
         self.watch(Progress(step + 1, self.config.steps, row))
         self._clock = time.perf_counter()
-        self._obey(state, control)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop where it was asked for."""
-        self._obey(state, control)
-
-    def _obey(self, state: Any, control: Any) -> None:
-        """If asked to, stop between two rollouts, with a checkpoint."""
-        if self.stop.requested and state.global_step % self.config.updates == 0:
-            control.should_training_stop = True
-            control.should_save = True
 
     # ---- inside --------------------------------------------------------------------------------------------
 

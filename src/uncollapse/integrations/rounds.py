@@ -21,11 +21,11 @@ def dead_groups(reward: Float[Tensor, " row"], size: int) -> Bool[Tensor, " grou
     return equal_groups(reward, group, len(reward) // size)
 
 
-def fresh_rows(dataset: Any, count: int, first: int, clock: Clock, turn: int) -> list[Any]:
-    """`count` rows of the data set, chosen by a hash of clock, turn and place (`first` + 0, 1, ...)."""
-    places = torch.arange(first, first + count)
-    chosen = (clock.uniform(places, 1, f"fresh-prompts/{turn}")[:, 0] * len(dataset)).long()
-    return [dataset[int(index)] for index in chosen]
+def fresh_rows(dataset: Any, places: range, clock: Clock, turn: int) -> list[Any]:
+    """The rows of the data set at these places of an order that is a hash of clock and turn; it begins again at its end."""
+    key = clock.uniform(torch.arange(len(dataset)), 1, f"fresh-prompts/{turn}")[:, 0]
+    order = torch.argsort(key, stable=True)
+    return [dataset[int(order[place % len(order)])] for place in places]
 
 
 def replace_rows(
@@ -62,36 +62,41 @@ def _same_width(old: Tensor, new: Tensor, fill: int, *, left: bool) -> tuple[Ten
 
 def fill_dead(
     sample: Callable[[list[Any]], tuple[dict[str, Any], Float[Tensor, " row"]]],
+    shared: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     inputs: list[Any],
     dataset: Any,
     *,
     size: int,
     rounds: int,
     clock: Clock,
-    first: int,
-    most: Callable[[int], int],
+    rank: int,
+    processes: int,
     pad_id: int,
 ) -> tuple[dict[str, Any], Float[Tensor, " row"], int]:
     """Sample a batch, then up to `rounds - 1` times fresh prompts for its dead groups.
 
-    `sample` generates and scores rows of this process; `most` takes the largest count over all processes, since all
-    have to generate equally often; `first` numbers this process's groups. Returns the batch, its rewards and the
-    number of rows generated.
+    `sample` generates and scores rows of this process and gives them with the rewards of all; `shared` gathers such
+    rows of all processes. Dead groups are numbered over all processes, each has its fresh prompt by its number, and
+    every process generates an equal share of them; hence the batch does not depend on the number of processes, save
+    for what is drawn in generation. Returns this process's rows, the rewards of all, and the number of rows that all
+    have generated, those included that make the shares equal.
     """
     output, reward = sample(inputs)
     generated = len(reward)
     for turn in range(1, rounds):
         dead = dead_groups(reward, size).nonzero()[:, 0]
-        count = most(len(dead))
-        if not count:
+        if not len(dead):
             break
-        rows = fresh_rows(dataset, count, first, clock, turn)
+        share = -(-len(dead) // processes)
+        rows = fresh_rows(dataset, range(rank * share, (rank + 1) * share), clock, turn)
         again, scores = sample([dict(row) for row in rows for _ in range(size)])
         generated += len(scores)
         live = (~dead_groups(scores, size)).nonzero()[:, 0]
-        pairs = min(len(dead), len(live))
-        into, source = _rows(dead[:pairs], size), _rows(live[:pairs], size)
-        output = replace_rows(output, again, into, source, pad_id)
+        live = live[live < len(dead)]
+        into, source = _rows(dead[: len(live)], size), _rows(live, size)
+        local = into - rank * len(inputs)
+        here = (local >= 0) & (local < len(inputs))
+        output = replace_rows(output, shared(again), local[here], source[here], pad_id)
         reward = reward.clone()
         reward[into] = scores[source]
     return output, reward, generated

@@ -41,7 +41,7 @@ class TrainConfig:
         steps: rollouts.
         prompts: prompts per rollout.
         updates: optimiser steps per rollout. With one, clips and KL-Cov have nothing to act on.
-        micro_batch: rows per forward pass with gradient; the result does not depend on it.
+        micro_batch: rows per forward pass with gradient, in each process; the result does not depend on it.
         share_prompts: compute a prompt once for all its completions, where the model supports it; the result is the
             same up to rounding.
         learning_rate: constant, AdamW.
@@ -119,10 +119,13 @@ class TrainConfig:
         """Completions per optimiser step."""
         return self.rollout_rows // self.updates
 
-    def resolved(self, parameters: int) -> TrainConfig:
-        """The same with every None decided, for a model with this many parameters."""
+    def resolved(self, parameters: int, processes: int = 1) -> TrainConfig:
+        """The same with every None decided, for a model with this many parameters, trained by so many processes.
+
+        Raises `ConfigError` if the rows of an optimiser step cannot be split equally over the processes.
+        """
         scale = 0 if parameters < SMALL else 1 if parameters < MEDIUM else 2
-        rows = self.update_rows
+        rows = self._rows_each(processes)
         chosen = {
             "task": "modsum" if self.dataset is None else None,
             "micro_batch": rows if scale == 0 else _divisor(rows, 8),
@@ -134,6 +137,21 @@ class TrainConfig:
             "probe_every": max(self.steps // 20, 1),
         }
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})  # type: ignore[arg-type]
+
+    def _rows_each(self, processes: int) -> int:
+        """Completions per optimiser step in each process."""
+        rows, rest = divmod(self.update_rows, processes)
+        if rest:
+            raise ConfigError(
+                f"{self.update_rows} rows of an optimiser step ({self.prompts} prompts x {self.samples} samples / "
+                f"{self.updates} updates) cannot be split over {processes} processes; change prompts, updates or processes"
+            )
+        if self.micro_batch is not None and rows % self.micro_batch:
+            raise ConfigError(
+                f"micro_batch {self.micro_batch} does not divide the {rows} rows of an optimiser step that each of "
+                f"{processes} processes has; try {_divisor(rows, self.micro_batch)}"
+            )
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML values, the recipe spelled out; `read_settings` reads them back equal."""

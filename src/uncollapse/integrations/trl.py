@@ -35,7 +35,7 @@ from trl.trainer.utils import split_tensor_dict, use_adapter
 from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
 from uncollapse.integrations.rollout_dump import RolloutDump
-from uncollapse.integrations.rounds import fill_dead, ordered, shuffled_groups
+from uncollapse.integrations.rounds import LEFT_PADDED, fill_dead, ordered, shuffled_groups
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
@@ -191,27 +191,35 @@ class GRPOTrainer(trl.GRPOTrainer):
             # Beside the tokens, so that rows sampled again bring their statistics along.
             output |= {_column(stat): value for stat, value in self._old_stats.items()}
             self._old_stats = {}
-            return output, self._reward()[self._local_rows(len(rows))]
+            return output, self._reward()
 
-        sampler = self.recipe.sampler
+        sampler, processes = self.recipe.sampler, self.accelerator.num_processes
         if not isinstance(sampler, DynamicSampler):
-            return sample(inputs)
-        groups = len(inputs) // self.num_generations
+            output, reward = sample(inputs)
+            return output, reward[self._local_rows(len(inputs))]
         output, reward, generated = fill_dead(
             sample,
+            self._shared,
             inputs,
             self.train_dataset,
             size=self.num_generations,
             rounds=sampler.rounds,
             clock=clock,
-            first=self.accelerator.process_index * groups,
-            most=lambda count: int(
-                self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max()
-            ),
+            rank=self.accelerator.process_index,
+            processes=processes,
             pad_id=self._tokenizer.pad_token_id,
         )
-        self._metrics["train"]["sampler/oversampling"].append(generated / len(inputs))
-        return output, reward
+        self._metrics["train"]["sampler/oversampling"].append(generated / (len(inputs) * processes))
+        return output, reward[self._local_rows(len(inputs))]
+
+    def _shared(self, output: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of a generation batch with the rows of all processes."""
+        pad = self._tokenizer.pad_token_id
+        return {
+            name: self._whole(value, fill=pad if name.endswith("_ids") else 0, left=name in LEFT_PADDED)
+            for name, value in sorted(output.items())
+            if isinstance(value, Tensor) and value.ndim
+        }
 
     def _local_batch(self, output: Mapping[str, Any], reward: Tensor, clock: Clock) -> Batch:
         mask = output["completion_mask"].bool()
@@ -277,20 +285,23 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _gathered(self, batch: Batch) -> Batch:
         """The batch of all processes, rows in the order of their numbers."""
+        columns = {
+            name: self._whole(value) if value.ndim else value for name, value in sorted(batch.columns.items())
+        }
+        stats = {stat: self._whole(value) for stat, value in sorted(batch.stats.items(), key=repr)}
+        uid, mask = self._whole(batch.uid), self._whole(batch.mask)
+        return replace(batch, uid=uid, mask=mask, columns=columns, stats=stats)
+
+    def _whole(self, value: Tensor, *, fill: int = 0, left: bool = False) -> Tensor:
+        """The rows of all processes, the shorter ones padded with `fill`."""
         if self.accelerator.num_processes == 1:
-            return batch
-        gather, pad = self.accelerator.gather, self.accelerator.pad_across_processes
-
-        def whole(value: Tensor) -> Tensor:
-            if value.ndim == 0:
-                return value
-            if value.dtype == torch.bool:  # padding would turn it into integers on some processes only
-                return whole(value.to(torch.uint8)).bool()
-            return gather(pad(value, dim=1) if value.ndim == 2 else value)
-
-        columns = {name: whole(value) for name, value in sorted(batch.columns.items())}
-        stats = {stat: whole(value) for stat, value in sorted(batch.stats.items(), key=repr)}
-        return replace(batch, uid=whole(batch.uid), mask=whole(batch.mask), columns=columns, stats=stats)
+            return value
+        if value.dtype == torch.bool:  # padding would turn it into integers on some processes only
+            return self._whole(value.to(torch.uint8), left=left).bool()
+        if value.ndim == 2:
+            value = self.accelerator.pad_across_processes(value, dim=1, pad_index=fill, pad_first=left)
+        gathered: Tensor = self.accelerator.gather(value)
+        return gathered
 
     # ---- one optimiser step --------------------------------------------------------------------------------
 
@@ -488,12 +499,6 @@ def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
             f"steps_per_generation={args.steps_per_generation} must be a multiple of gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps}: a recipe plans over all rows of an optimiser step"
         )
-    if isinstance(recipe.sampler, DynamicSampler):
-        if (args.per_device_train_batch_size * args.steps_per_generation) % args.num_generations:
-            raise ConfigError(
-                "dynamic-sampler needs whole groups on each process: make per_device_train_batch_size * "
-                f"steps_per_generation a multiple of num_generations={args.num_generations}"
-            )
-    elif not isinstance(recipe.sampler, PlainSampler):
+    if not isinstance(recipe.sampler, (DynamicSampler, PlainSampler)):
         raise ConfigError(f"TRL cannot run the sampler {type(recipe.sampler).__name__}")
     recipe.check("TRL", offers.TRL)
