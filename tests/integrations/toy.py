@@ -29,10 +29,10 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
-def llama(seed=0, dtype=torch.float32):
+def llama(seed=0, dtype=torch.float32, tied=True):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **SMALL, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
+        **SMALL, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=tied,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,18 +62,35 @@ def add_completion_stats(model: nn.Module, temperature: float) -> None:
         hidden = states[:, -token.shape[1] - 1 : -1] if source is None else states[0].index_select(0, source)
         # Looked up on each call: FSDP and PEFT replace modules after patching.
         head = self.get_output_embeddings()
-        values = token_stats(
-            hidden.to(head.weight.device),
-            token,
-            weight=head.weight,
-            bias=head.bias,
-            mask=mask,
-            temperature=temperature / scale,
-            stats=statistics,
+        values = _called(
+            head,
+            hidden,
+            lambda states: token_stats(
+                states.to(head.weight.device),
+                token,
+                weight=head.weight,
+                bias=head.bias,
+                mask=mask,
+                temperature=temperature / scale,
+                stats=statistics,
+            ),
         )
         return {str(index): values[statistic] for index, statistic in enumerate(statistics)}
 
     model.forward = types.MethodType(forward, model)
+
+
+def _called(layer: nn.Module, states: Tensor, forward: Callable[[Tensor], Any]) -> Any:
+    """`forward(states)` as a call of the layer: its hooks run, which gather its weights where they are sharded."""
+    own = vars(layer).get("forward")
+    vars(layer)["forward"] = forward
+    try:
+        return layer(states)
+    finally:
+        if own is None:
+            del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = own
 
 
 def takes_position_ids(model: nn.Module) -> bool:

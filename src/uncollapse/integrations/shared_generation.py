@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from uncollapse.integrations.packed_weights import packed_weights
 from uncollapse.integrations.shared_prefix import distinct
@@ -55,12 +55,15 @@ def share_generation(model: nn.Module) -> None:
 
     `model` is a decoder that `supports_packing`. Neighbouring rows with equal prompts share one. Calls with other
     arguments or with options of another kind of generation, and calls under parameter sharding, where all processes
-    have to step together, go to the model's own `generate`.
+    have to step together until the longest completion of any has ended, go to the model's own `generate`.
     """
     original: Any = model.generate
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config")
+        if _sharded(self):
+            # By itself it sees what its own loader has sharded, not what accelerate has.
+            return original(*args, **{"synced_gpus": True, **kwargs})
         known = not args and set(kwargs) == {"input_ids", "attention_mask", "generation_config"}
         if known and config is not None and _can_share(self, config):
             return generate_shared(self, original, **kwargs)
@@ -129,11 +132,18 @@ def _prefilled(model: Any, input_ids: Tensor, attention_mask: Tensor, name: str)
 
 
 def _can_share(model: Any, config: GenerationConfig) -> bool:
-    together = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
-    if (together and dist.is_initialized() and dist.get_world_size() > 1) or not config.max_new_tokens:
+    if not config.max_new_tokens:
         return False
     single = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
     return single and config.use_cache is not False and not _asks(model, config, _ELSEWHERE)
+
+
+def _sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of the model is work of several processes, each of which holds a part of its parameters."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    parts = (FSDPModule, FullyShardedDataParallel)
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, parts) for module in model.modules())
 
 
 def _asks(model: Any, config: GenerationConfig, names: tuple[str, ...]) -> bool:
