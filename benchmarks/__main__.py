@@ -9,7 +9,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = {"__init__", "__main__", "harness", "profile_step", "prompts", "record", "trainers"}
+NOT_BENCHMARKS = {
+    "__init__",
+    "__main__",
+    "harness",
+    "profile_step",
+    "prompts",
+    "record",
+    "trainers",
+    "processes",
+    "processes_worker",
+}
 
 
 def names() -> dict[str, str]:

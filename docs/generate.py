@@ -329,6 +329,17 @@ def advice_table(argument: str | None) -> str:
     return table(("what", "recipe", "TRL, verl", "from", "careful"), rows)
 
 
+def processes_table(argument: str | None) -> str:
+    """A step in one and two processes, and the cost model beyond."""
+    command = "`python -m benchmarks.processes`"
+    kept = json.loads(BENCHMARKS.read_text(encoding="utf-8")) if BENCHMARKS.is_file() else {}
+    if "processes" not in kept:
+        return f"Not measured yet. {command} measures and writes `benchmarks/results.json`."
+    from benchmarks import processes
+
+    return processes.table(kept["processes"])
+
+
 def api_reference(argument: str | None) -> str:
     """One reference entry per public module of a room."""
     base = ROOT / "src" / "uncollapse" / (argument or "")
@@ -384,6 +395,7 @@ SOURCES: Mapping[str, Callable[[str | None], str]] = {
     "engines": engines_table,
     "glossary": glossary,
     "papers": papers_table,
+    "processes": processes_table,
     "realruns": real_runs_table,
     "recipes": recipes_table,
     "result": result_of,

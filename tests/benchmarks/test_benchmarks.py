@@ -147,3 +147,22 @@ def test_the_score_of_diagnose_counts_right_and_wrong():
     assert benchmark.mistake(cases[1], said[1])["missed"] == ["entropy-collapse"]
     log = benchmark.long_log(200)
     assert len(log.columns) == 15
+
+
+def test_the_cost_model_of_processes_is_a_line_in_rows_and_a_ring():
+    from benchmarks import processes
+
+    def case(rows, step, reduced=0.0):
+        parts = {"generate": 1 + rows / 32, "score and update": rows / 16, "rest": 0.5}
+        return parts | {"step": step, "all-reduce": reduced, "wait and exchange": 0.0}
+
+    cases = {
+        "1 process": case(32, 4.5),
+        "1 process, half of the rows": case(16, 3),
+        "2 processes": case(16, 3.3, 0.3),
+    }
+    assert processes.predicted(cases, 1) == pytest.approx(4.5)
+    assert processes.predicted(cases, 2) == pytest.approx(1.5 + 1.5 + 0.3)
+    assert processes.predicted(cases, 10**6) == pytest.approx(1.5 + 0.6, rel=1e-4)
+    result = {"summary": "", "model": "m", "rows": 32, "steps": 3, "date": "2026-01-02", "cases": cases}
+    assert processes.table(result).count("extrapolated, not measured") == 4

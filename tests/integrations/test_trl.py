@@ -28,8 +28,8 @@ from uncollapse.token_dump import read_dump
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-RUNS = [n for n, made in recipes().items() if n != "dapo" and not made.refusals(offers.TRL)]
-"""Every recipe that TRL runs, now and later; dapo's sampler draws prompts of its own and has a test of its own."""
+RUNS = [n for n, made in recipes().items() if not made.refusals(offers.TRL)]
+"""Every recipe that TRL runs, now and later."""
 
 
 def scripted(prompts, trainer):

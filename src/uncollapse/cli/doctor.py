@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
+from importlib import metadata, resources
 from importlib.util import find_spec
 
 from uncollapse import __version__
@@ -31,6 +31,7 @@ def doctor(*, json_: AsJson = False) -> None:
         *(_extra(name, packages) for name, packages in _EXTRAS.items()),
         _smollm(),
         _threads(),
+        _launchers(),
     ]
     if json_:
         as_json(rows)
@@ -78,3 +79,9 @@ def _threads() -> dict[str, str]:
     )
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
     return {"what": "compute", "found": f"{cores} cores, {threads} threads, {device}", "advice": advice}
+
+
+def _launchers() -> dict[str, str]:
+    folder = resources.files("uncollapse.integrations").joinpath("launchers")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return {"what": "several processes", "found": f"{folder}: {', '.join(names)}", "advice": ""}
