@@ -15,7 +15,7 @@ from uncollapse.diagnose.log import Log
 from uncollapse.diagnose.phases import Course
 from uncollapse.studies.testbeds import logs
 
-VERL = set((Path(__file__).parents[1] / "data" / "verl-0.9.1-keys.txt").read_text(encoding="utf-8").split())
+VERL = set(Path(__file__).with_name("verl-0.9.1-keys.txt").read_text(encoding="utf-8").split())
 
 
 def facts(start=0.83, **columns):

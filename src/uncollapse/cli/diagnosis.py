@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -44,9 +45,11 @@ def _in(content: RenderableType, left: int, *, above: int = 0, below: int = 0) -
 
 def overview(found: Sequence[Diagnosis]) -> None:
     """Print a line for each of several runs."""
+    # What all paths begin with says nothing and would push the rest out of a narrow screen.
+    common = os.path.commonpath([os.path.dirname(one.log.source) for one in found])
     rows = [
         [
-            one.log.source,
+            os.path.relpath(one.log.source, common) if common else one.log.source,
             one.state,
             f"{one.log.step[-1]:,}" if len(one.log) else "-",
             one.worst or "-",
