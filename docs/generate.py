@@ -257,6 +257,20 @@ def scored(name: str) -> dict[str, Any]:
     return dict(found.get(name, {}).get("score", {}))
 
 
+def profile_table(argument: str | None) -> str:
+    """Where the time of two optimiser steps goes, in our trainer and in TRL's."""
+    profiles = scored("step: P100 T24").get("profile", {})
+    if not profiles:
+        return 'Not measured yet. `python -m benchmarks --only "step: P100 T24"` measures it.'
+    kinds = ("matrix products", "attention", "memory traffic", "random numbers", "Python")
+    rows = [
+        (name, part, f"{seconds['seconds']:.2f}", *(f"{seconds.get(kind, 0.0):.2f}" for kind in kinds))
+        for name, parts in profiles.items()
+        for part, seconds in parts.items()
+    ]
+    return table(("trainer", "part", "seconds", *kinds), rows)
+
+
 def confusion_table(argument: str | None) -> str:
     """What `diagnose` said about made-up runs of known truth."""
     score = scored("diagnose")
@@ -396,6 +410,7 @@ SOURCES: Mapping[str, Callable[[str | None], str]] = {
     "glossary": glossary,
     "papers": papers_table,
     "processes": processes_table,
+    "profile": profile_table,
     "realruns": real_runs_table,
     "recipes": recipes_table,
     "result": result_of,

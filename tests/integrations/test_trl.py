@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.integrations import offers
 from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.batch import Batch
@@ -116,6 +116,18 @@ def test_sharing_prompts_changes_nothing(tmp_path, name, steps_per_generation):
     assert losses(shared) == pytest.approx(losses(plain), abs=1e-6)
     for x, y in zip(a.models[-1].values(), b.models[-1].values(), strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-6)
+
+
+class Shuffled(GRPOTrainer):
+    """A trainer whose data loader was taken from elsewhere: it knows nothing of groups."""
+
+    def _get_train_sampler(self, dataset=None):
+        return torch.utils.data.RandomSampler(self.train_dataset, generator=torch.Generator().manual_seed(0))
+
+
+def test_groups_of_different_prompts_are_an_error(tmp_path):
+    with pytest.raises(DataError, match="group 0 holds different prompts"):
+        run(tmp_path, Shuffled, recipe="grpo")
 
 
 def test_a_rollout_of_several_updates_keeps_groups_whole(tmp_path):

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from uncollapse.errors import DataError
 from uncollapse.policy.batch import Batch, Clock
 from uncollapse.policy.stages.segments import equal_groups
 
 LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
+
+
+def check_groups(rows: Sequence[Mapping[str, Any]], group: Int[Tensor, " row"]) -> None:
+    """Raise `DataError` where a group holds different prompts: its mean reward would be no baseline of any of them."""
+    for (before, a), (row, b) in pairwise(zip(rows, group.tolist(), strict=True)):
+        if a == b and before["prompt"] != row["prompt"]:
+            raise DataError(
+                f"group {b} holds different prompts; a sampler of your own has to give each prompt num_generations times "
+                "in a row, or leave the sampling to TRL"
+            )
 
 
 def dead_groups(reward: Float[Tensor, " row"], size: int) -> Bool[Tensor, " group"]:

@@ -35,7 +35,7 @@ from trl.trainer.utils import split_tensor_dict, use_adapter
 from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
 from uncollapse.integrations.rollout_dump import RolloutDump
-from uncollapse.integrations.rounds import LEFT_PADDED, fill_dead, ordered, shuffled_groups
+from uncollapse.integrations.rounds import LEFT_PADDED, check_groups, fill_dead, ordered, shuffled_groups
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
@@ -185,6 +185,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _sampled(self, inputs: list[dict[str, Any]], clock: Clock) -> tuple[dict[str, Any], Tensor]:
         """TRL's generation batch of this process and its rewards, sampled as the recipe's sampler says."""
         generate = super()._generate_and_score_completions
+        check_groups(inputs, self._local_rows(len(inputs)) // self.num_generations)
 
         def sample(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
             output = generate(rows)
