@@ -57,11 +57,13 @@ def profiled(trainer: Any, run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _table(events: Any, wall: float) -> dict[str, Any]:
-    spans = [
+    marks = [
         (e.time_range.start, e.time_range.end, e.name.removeprefix("part/"))
         for e in events
         if e.name.startswith("part/")
     ]
+    # A marked method may call another one: the outer one counts.
+    spans = [m for m in marks if not any(o is not m and o[0] <= m[0] and m[1] <= o[1] for o in marks)]
     kind_of = {name: kind for kind, names in KINDS.items() for name in names}
     seconds: dict[str, dict[str, float]] = {}
     total = {part: sum(end - start for start, end, name in spans if name == part) / 1e6 for part in PARTS}
