@@ -168,7 +168,7 @@ def _follow(
     """Look again whenever a file has changed; what was said once is said again only if it has become graver."""
     if not every > 0:
         raise ConfigError(f"--every takes a number of seconds above 0, got {every:g}")
-    said: dict[tuple[str, str], Severity] = {}
+    said: dict[str, dict[str, Severity]] = {}
     waiting = ""
     for _ in _changes(path, every):
         try:
@@ -189,20 +189,15 @@ def _follow(
     return 0
 
 
-def _tell_news(found: Diagnosis, said: dict[tuple[str, str], Severity], *, json_: bool) -> None:
+def _tell_news(found: Diagnosis, said: dict[str, dict[str, Severity]], *, json_: bool) -> None:
     from uncollapse.cli.diagnosis import show_finding
-    from uncollapse.diagnose.finding import SEVERITIES
+    from uncollapse.diagnose.finding import news
 
     source = found.log.source
     last = int(found.log.step[-1]) if len(found.log) else 0
-    if not json_ and not any(key[0] == source for key in said):
+    if not json_ and source not in said:
         say(f"{source}: step {last:,}, {found.state}")
-        said[source, ""] = "info"
-    for one in found.findings:
-        before = said.get((source, one.id))
-        if before is not None and SEVERITIES.index(before) >= SEVERITIES.index(one.severity):
-            continue
-        said[source, one.id] = one.severity
+    for one in news(found.findings, said.setdefault(source, {})):
         if json_:
             _as_line({"run": source, "step": last, "state": found.state, "finding": one.id, "severity": one.severity,
                       "statement": one.statement, "since": one.since, "advice": list(one.advice)})  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
@@ -147,6 +147,17 @@ def sure(*scores: float) -> Confidence:
 def ends(one: Series, unit: str = "") -> tuple[Number, Number]:
     """The first and last level of a series as evidence."""
     return Number("from", one.start, unit), Number("to", one.end, unit)
+
+
+def news(findings: Iterable[Finding], told: dict[str, Severity]) -> list[Finding]:
+    """Findings that were not told before, or less gravely; `told`, by their ids, then knows them."""
+    found = []
+    for one in findings:
+        before = told.get(one.id)
+        if before is None or SEVERITIES.index(before) < SEVERITIES.index(one.severity):
+            told[one.id] = one.severity
+            found.append(one)
+    return found
 
 
 def worst(findings: Sequence[Finding]) -> Severity | None:

@@ -6,7 +6,6 @@ The call goes through `model.forward`, so DDP, FSDP, DeepSpeed and PEFT see an o
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,11 +90,6 @@ def _called(layer: nn.Module, states: Tensor, forward: Callable[[Tensor], Any]) 
             del vars(layer)["forward"]
         else:
             vars(layer)["forward"] = own
-
-
-def takes_position_ids(model: nn.Module) -> bool:
-    """Whether the model's own forward has an argument `position_ids`."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def padded_stats(

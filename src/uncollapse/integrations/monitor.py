@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from uncollapse.diagnose.diagnosis import Diagnosis, diagnose
-from uncollapse.diagnose.finding import SEVERITIES, Severity
+from uncollapse.diagnose.finding import SEVERITIES, Severity, news
 from uncollapse.diagnose.log import Log
 from uncollapse.diagnose.readers.aliases import full_mapping
 from uncollapse.diagnose.readers.collect import Collector
@@ -110,11 +110,7 @@ class CollapseMonitor(TrainerCallback):
 
     def _look(self, control: TrainerControl, *, main: bool) -> None:
         self.diagnosis = found = diagnose(self.log)
-        for one in found.at_least(self.warn_on):
-            before = self._told.get(one.id)
-            if before is not None and SEVERITIES.index(before) >= SEVERITIES.index(one.severity):
-                continue
-            self._told[one.id] = one.severity
+        for one in news(found.at_least(self.warn_on), self._told):
             if main:
                 advice = next((a.title for a in found.advice if a.id in one.advice), "")
                 hint = f" Try: {advice}." if advice else ""

@@ -10,14 +10,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from uncollapse.integrations.fused_forward import (
-    add_completion_stats,
-    packed_stats,
-    padded_stats,
-    takes_position_ids,
-)
+from uncollapse.integrations.fused_forward import add_completion_stats, packed_stats, padded_stats
 from uncollapse.integrations.shared_generation import share_generation
-from uncollapse.integrations.shared_prefix import enable_packing, supports_packing
+from uncollapse.integrations.shared_prefix import enable_packing, supports_packing, takes_position_ids
 from uncollapse.policy.batch import Stat
 from uncollapse.policy.stats import Measured
 

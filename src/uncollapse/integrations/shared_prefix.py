@@ -230,6 +230,11 @@ def _dispatch(
     return attend(query, key, value, layout, scale=scale, dropout=dropout), None
 
 
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether the model's own forward has an argument `position_ids`."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
 def supports_packing(model: nn.Module) -> bool:
     """Whether `enable_packing` can serve this causal language model of transformers.
 
@@ -244,7 +249,7 @@ def supports_packing(model: nn.Module) -> bool:
         implementation in _BASES
         and bool(getattr(model, "_supports_attention_backend", False))
         and bool(model._can_set_attn_implementation())  # type: ignore[operator]
-        and "position_ids" in inspect.signature(type(model).forward).parameters
+        and takes_position_ids(model)
         and kinds == {"full_attention"}
         and (hasattr(config, "layer_types") or not getattr(config, "sliding_window", None))
         and not getattr(config, "is_encoder_decoder", False)

@@ -39,10 +39,10 @@ from uncollapse.integrations.rounds import LEFT_PADDED, check_groups, fill_dead,
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
-from uncollapse.policy.metrics import rollout_metrics
+from uncollapse.policy.metrics import rollout_metrics, rollout_stats
 from uncollapse.policy.recipe import LossReport, Recipe
 from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
-from uncollapse.policy.stats import Entropy, Logp, Measured
+from uncollapse.policy.stats import Logp, Measured
 from uncollapse.token_dump import TokenDump
 
 STATE_FILE = "uncollapse_recipe.pt"
@@ -174,7 +174,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             "prompt_ids": input_ids[:, :cut], "prompt_mask": attention_mask[:, :cut],
             "completion_ids": input_ids[:, cut:], "completion_mask": attention_mask[:, cut:],
         }  # fmt: skip
-        wanted = self.recipe.stats("rollout") | {Entropy("old")}
+        wanted = rollout_stats(self.recipe)
         self._old_stats = self._measured(model, inputs, attention_mask[:, cut:].bool(), _of(wanted, "old"))
         return self._old_stats[Logp("old")], None, None
 
@@ -253,7 +253,7 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _rollout_stats(self, output: Mapping[str, Any], mask: Tensor) -> dict[Stat, Tensor]:
         """Statistics of the old and the reference policy; the old ones may be there already, or come with the loss."""
-        wanted = self.recipe.stats("rollout") | {Entropy("old")}
+        wanted = rollout_stats(self.recipe)
         found = {stat: output[_column(stat)] * mask for stat in wanted if _column(stat) in output}
         with (
             torch.no_grad(),
@@ -324,7 +324,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         assert self._buffered_inputs is not None
         accumulated = self._buffered_inputs[start : start + self.args.gradient_accumulation_steps]
         update = (self._step % self._generate_every()) // self.args.gradient_accumulation_steps
-        mini = self._open_window(torch.cat([inputs["row"] for inputs in accumulated]), update)
+        rows = self.accelerator.gather(torch.cat([inputs["row"] for inputs in accumulated]))
+        mini = self._open_window(rows, update)
         if self.recipe.has("minibatch"):
             mini = (
                 mini.old_as_now()
@@ -333,11 +334,10 @@ class GRPOTrainer(trl.GRPOTrainer):
             )
         self._window = self.recipe.plan(mini)
 
-    def _open_window(self, local: Tensor, update: int) -> Batch:
-        """The rows of one optimiser step, `local` being this process's; their statistics are still to be measured."""
+    def _open_window(self, rows: Tensor, update: int) -> Batch:
+        """The rows of one optimiser step, by their numbers; their statistics are still to be measured."""
         rollout = self._rollout
         assert rollout is not None
-        rows = self.accelerator.gather(local)
         # Rows are known to the micro-batches by their number in the rollout; find them in the window.
         self._place = torch.full((len(rollout),), -1, dtype=torch.long, device=rows.device)
         self._place[rows] = torch.arange(len(rows), device=rows.device)
@@ -363,8 +363,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         assert rollout is not None
         wanted = self.recipe.stats("loss") | {Logp("now")}
         if self._one_forward:
-            wanted |= {Entropy("now"), *self.recipe.stats("plan")}
-            wanted |= {stat.by("now") for stat in self.recipe.stats("rollout") if stat.whose == "old"}
+            wanted |= self.recipe.stats("plan")
+            wanted |= {stat.by("now") for stat in rollout_stats(self.recipe) if stat.whose == "old"}
         time, width = inputs["completion_ids"].shape[1], rollout.mask.shape[1]
         mask = self._counted(inputs)[:, :time]
         values = self._measured(model, inputs, mask, _of(wanted, "now"))
@@ -378,8 +378,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         assert window is not None
         micro = window[self._place[inputs["row"]]]
         if self._dump is not None:
-            assert self._rollout is not None
-            self._dump.note(self._rollout, inputs["row"], micro, values[Logp("now")])
+            self._dump.note(rollout, inputs["row"], micro, values[Logp("now")])
         report = self.recipe.loss(micro.with_stats(values))
         self._log_loss(report)
         # Data parallelism averages gradients over processes; the weight maps already span them all.
@@ -399,13 +398,13 @@ class GRPOTrainer(trl.GRPOTrainer):
         rollout = self._rollout
         assert rollout is not None
         rows = self.accelerator.gather(local)
+        order = torch.argsort(rows)  # of all processes' rows by their numbers, as the rollout has them
         found = {
-            stat.by("old"): torch.zeros_like(whole).index_copy(0, rows, whole)
+            stat.by("old"): self.accelerator.gather(value.detach())[order]
             for stat, value in sorted(values.items(), key=lambda pair: repr(pair[0]))
-            for whole in [self.accelerator.gather(value.detach())]
         }
         self._prepare_rollout(rollout.with_stats(found))
-        self._window = self.recipe.plan(self._open_window(local, update=0).old_as_now())
+        self._window = self.recipe.plan(self._open_window(rows, update=0).old_as_now())
 
     # ---- metrics -------------------------------------------------------------------------------------------
 

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from uncollapse.measure.covariance import FRACTIONS, covariance_profile, token_covariance
-from uncollapse.policy.batch import Batch
+from uncollapse.policy.batch import Batch, Stat
+from uncollapse.policy.recipe import Recipe
 from uncollapse.policy.stages.segments import equal_groups, group_index
 from uncollapse.policy.stats import Entropy, Logp
+
+
+def rollout_stats(recipe: Recipe) -> frozenset[Stat]:
+    """What an engine measures of a rollout batch: what the recipe reads, and what `rollout_metrics` does."""
+    return recipe.stats("rollout") | {Logp("old"), Entropy("old")}
 
 
 def rollout_metrics(raw: Batch, prepared: Batch) -> dict[str, float]:

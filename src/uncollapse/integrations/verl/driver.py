@@ -35,9 +35,9 @@ from uncollapse.measure.statistics import Entropy as EntropyOf
 from uncollapse.measure.statistics import Logp as LogpOf
 from uncollapse.measure.statistics import Statistic
 from uncollapse.policy.batch import Batch, Clock, Stat
-from uncollapse.policy.metrics import rollout_metrics
+from uncollapse.policy.metrics import rollout_metrics, rollout_stats
 from uncollapse.policy.recipe import Recipe
-from uncollapse.policy.stats import Entropy, Logp, Measured
+from uncollapse.policy.stats import Logp, Measured
 
 INPUTS = ("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask")
 """What a forward pass on the workers needs of verl's batch."""
@@ -91,7 +91,7 @@ class Driver:
         """Keep the old policy's statistics, and the reference's, in the batch: verl drops what it does not know."""
         if ROW not in data.batch:
             data.batch[ROW] = torch.arange(len(data.batch))
-        wanted = self.recipe.stats("rollout") | {Entropy("old"), Logp("old")}
+        wanted = rollout_stats(self.recipe)
         for prefix, whose in ((OLD, "old"), (REF, "ref")):
             asked = statistics(frozenset(stat for stat in wanted if stat.whose == whose))
             if asked:
@@ -99,7 +99,7 @@ class Driver:
                     data.batch[f"{prefix}{statistic!r}"] = value
 
     def _recorded(self, data: Any) -> dict[Stat, Tensor]:
-        wanted = self.recipe.stats("rollout") | {Entropy("old"), Logp("old")}
+        wanted = rollout_stats(self.recipe)
         prefix = {"old": OLD, "ref": REF}
         return {
             stat: data.batch[f"{prefix[stat.whose]}{stat.statistic!r}"]

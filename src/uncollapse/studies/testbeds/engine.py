@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from uncollapse.policy.batch import Batch, Clock, Stat
+from uncollapse.policy.metrics import rollout_stats
 from uncollapse.policy.recipe import LossReport, Recipe
-from uncollapse.policy.stats import Entropy
 
 
 @runtime_checkable
@@ -143,7 +143,7 @@ class Trainer:
         """Sample, score, measure and prepare one rollout batch."""
         clock = Clock(step=self.steps_done, total=self.total, seed=self.seed)
         batch = self.recipe.sampler(self.engine, prompts, clock)
-        batch = self.engine.measure(batch, self.recipe.stats("rollout") | {Entropy("old")})
+        batch = self.engine.measure(batch, rollout_stats(self.recipe))
         return self.recipe.prepare(batch)
 
     def queue(self, batch: Batch) -> Iterator[Batch]:
