@@ -186,7 +186,7 @@ class TransformersLab:
             rows.append(policy(tokens).logits[0, len(prompt) - 1 : -1])
         return torch.stack(rows)
 
-    def sample(self, policy, prompts, *, temperature, seed):
+    def sample(self, policy, prompts, *, temperature, seed, given=None):
         raise NotImplementedError
 
     def reward(self, prompts, ids, mask):

@@ -27,13 +27,17 @@ class Table(nn.Module):
 class TableLab:
     token_limit: int = 6
 
-    def sample(self, policy, prompts, *, temperature, seed):
+    def sample(self, policy, prompts, *, temperature, seed, given=None):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.zeros(len(prompts), 0, dtype=torch.long)
-        for _ in range(self.token_limit):
+        for place in range(self.token_limit):
             padded = torch.cat([ids, torch.zeros(len(prompts), 1, dtype=torch.long)], dim=1)
             last = self.logits(policy, prompts, padded)[:, -1] / temperature
-            ids = torch.cat([ids, torch.multinomial(last.softmax(-1), 1, generator=generator)], dim=1)
+            token = torch.multinomial(last.softmax(-1), 1, generator=generator)
+            if given is not None and place < given[0].shape[1]:
+                start, there = (part[:, place, None] for part in given)
+                token = torch.where(there, start, token)
+            ids = torch.cat([ids, token], dim=1)
         ended = (ids == 0).cumsum(dim=1)
         mask = (ended == 0) | ((ended == 1) & (ids == 0))
         return torch.where(mask, ids, 0), mask

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import loss_and_gradient, moved_on, prepared
+from lab import TableLab, loss_and_gradient, moved_on, prepared
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations.offers import TRL
-from uncollapse.policy.batch import UndeclaredRead, join
+from uncollapse.policy.batch import Clock, UndeclaredRead, join
 from uncollapse.policy.recipe import Recipe, Weighted, register
 from uncollapse.policy.reduction import Mean
 from uncollapse.policy.registry import recipe
@@ -178,3 +178,75 @@ def test_a_microbatch_scope_is_marked_and_does_depend_on_the_split():
     split, _ = loss_and_gradient(engine, method, batch, PIECES)
     assert whole != split
     assert Logp("now") in method.stats("loss")
+
+
+@dataclass(frozen=True)
+class Halved:
+    """Weight 0.5, and says so in the log."""
+
+    needs: frozenset = frozenset({Entropy("old")})
+    gives: frozenset = frozenset({"weight", "halved"})
+    scope: str = "rollout"
+
+    def __call__(self, batch):
+        return {"weight": 0.5 * batch.mask.double(), "halved": torch.ones(len(batch))}
+
+    def metrics(self, batch, own):
+        total = (batch.columns["halved"][:, None] * batch.mask).sum()
+        return {"halved/token/frac": (total, batch.mask.sum())}
+
+
+def test_what_a_stage_reports_adds_up_over_pieces():
+    method = replace(recipe("grpo"), name="halved", weights=(Halved(),))
+    engine, batch = prepared(method)
+    plan = method.plan(batch)
+    whole = method.loss(engine.measure(plan, method.stats("loss"))).metrics["halved/token/frac"]
+    pieces = [
+        method.loss(engine.measure(plan[rows], method.stats("loss"))).metrics["halved/token/frac"]
+        for rows in PIECES
+    ]
+    assert whole[0] == whole[1] == batch.mask.sum()
+    assert sum(total for total, _ in pieces) == whole[0]
+
+
+def test_a_term_reports_and_remembers_only_rows_of_its_parts():
+    seen = []
+
+    class Counting(EntropyBonus):
+        def metrics(self, batch, own):
+            return {"counting/rows/sum": (torch.tensor(float(len(batch))), torch.tensor(1.0))}
+
+        def observe(self, batch):
+            seen.append(len(batch))
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    counting = Counting()
+    method = replace(recipe("grpo"), name="counting", regularizers=(Weighted(counting),))
+    engine, batch = prepared(method)
+    part = torch.zeros(40, dtype=torch.long)
+    part[:15] = 1
+    batch = batch.with_columns(part=part, scale=torch.ones(40, dtype=torch.float64))
+    plan = method.plan(batch)
+    report = method.loss(engine.measure(plan, method.stats("loss")))
+    method.observe(batch)
+    assert report.metrics["counting/rows/sum"][0] == 25
+    assert seen == [25]
+
+
+def test_rows_continue_their_prefix_which_is_outside_the_mask():
+    engine, _ = prepared(recipe("grpo"))
+    prefixes = [[], [3], [1, 2, 6], [5, 4]]
+    batch = engine.score(engine.generate([0, 1, 2, 3], temperature=1.0, clock=Clock(), prefixes=prefixes))
+    for row, prefix in enumerate(prefixes):
+        assert batch.ids[row, : len(prefix)].tolist() == prefix
+        assert not batch.mask[row, : len(prefix)].any()
+        assert batch.mask[row, len(prefix)]
+    assert torch.equal(batch.columns["length"], batch.mask.sum(dim=1))
+    present = batch.mask | (torch.arange(6) < batch.columns["prefix"][:, None])
+    expected = TableLab().reward([0, 1, 2, 3], batch.ids, present)
+    assert torch.equal(batch.reward, expected)

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from jaxtyping import Float
+from torch import Tensor
+
 from uncollapse.policy.batch import Batch, Clock, Columns, Stat, TokenMap, TokenMask
 
 Scope: TypeAlias = Literal["rollout", "minibatch", "microbatch"]
@@ -43,6 +46,23 @@ class Memory(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        ...
+
+
+Metrics: TypeAlias = Mapping[str, tuple[Float[Tensor, ""], Float[Tensor, ""]]]
+"""`(sum, weight)` by name: both add up over micro-batches and processes, and the log shows their quotient."""
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """A stage that says in the log what it did."""
+
+    def metrics(self, batch: Batch, own: Columns) -> Metrics:
+        """Numbers named `area/name/statistic`, of the rows of one micro-batch with their loss still to come.
+
+        Readable are the stage's `needs`, what it `gives`, and for a term its `own` columns; of the current policy only
+        what the loss measures. Without gradient.
+        """
         ...
 
 
@@ -105,8 +125,19 @@ class Engine(Protocol):
         """Columns and kinds of statistic it can provide; a recipe that needs more is refused at the start."""
         ...
 
-    def generate(self, prompts: Sequence[Any], *, temperature: float, clock: Clock) -> Batch:
-        """One row per prompt, with `ids`, `mask` and the sampler's columns."""
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        temperature: float,
+        clock: Clock,
+        prefixes: Sequence[Sequence[int]] | None = None,
+    ) -> Batch:
+        """One row per prompt, with `ids`, `mask` and the sampler's columns.
+
+        A row with a prefix (token ids of a response so far, which may be empty) continues it. The prefix is given, not
+        sampled: it is outside `mask` and not counted in `length`, whether the engine keeps it in `ids` or with the prompt.
+        """
         ...
 
     def fresh_prompts(self, count: int, clock: Clock, turn: int) -> Sequence[Any]:

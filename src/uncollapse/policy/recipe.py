@@ -20,8 +20,10 @@ from uncollapse.errors import ConfigError
 from uncollapse.policy.batch import PARTS, Batch, Columns, Stat
 from uncollapse.policy.protocols import (
     Memory,
+    Metrics,
     Needs,
     Replay,
+    Reporter,
     Sampler,
     Scope,
     Stage,
@@ -57,7 +59,7 @@ class LossReport:
 
     loss: Float[Tensor, ""]
     terms: Mapping[str, Float[Tensor, ""]]
-    metrics: Mapping[str, tuple[Tensor, Tensor]]
+    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Recipe:
     def columns(self) -> frozenset[str]:
         """Columns that the engine has to bring."""
         given = {"weight", "keep", "clipped", "advantage", "old_logp", "part", "scale", "reward"}
-        given.update(*(transform.gives for slot in TRANSFORM_SLOTS for transform in getattr(self, slot)))
+        given.update(*(_gives(stage) for _, stage in self.stages()))
         needed = {need for _, stage in self.stages() for need in stage.needs if isinstance(need, str)}
         needed.update(*(slot.mean.needs for slot in self._slots))
         return frozenset(needed - given) | {"reward"}
@@ -230,13 +232,14 @@ class Recipe:
             term = coef * (weights * torch.where(weights != 0, value, torch.zeros_like(value))).sum()
             terms[slot.key] = term.detach()
             total = total + term
-        return LossReport(total, terms, self._loss_metrics(batch))
+        return LossReport(total, terms, {**self._loss_metrics(batch), **self._stage_metrics(batch)})
 
     def observe(self, batch: Batch) -> None:
         """Let the stages with memory see the rollout batch after its updates."""
         for key, stage in self.stages():
             if isinstance(stage, Memory):
-                stage.observe(batch.old_as_now().view(stage.needs, key))
+                seen = self._seen_by(key, batch)
+                stage.observe(seen.old_as_now().view(stage.needs | _gives(stage), key))
 
     # ---- state ---------------------------------------------------------------------------------------------
 
@@ -257,6 +260,24 @@ class Recipe:
             stage.load_state_dict(state["stages"][key])
 
     # ---- inside --------------------------------------------------------------------------------------------
+
+    def _seen_by(self, key: str, batch: Batch) -> Batch:
+        """The rows of the parts that a term applies to; all rows for any other stage."""
+        parts = next((slot.parts for slot in self._slots if slot.key == key), frozenset(PARTS))
+        if "part" not in batch.columns or parts == frozenset(PARTS):
+            return batch
+        codes = torch.tensor(sorted(PARTS[name] for name in parts), device=batch.mask.device)
+        return batch[torch.isin(batch.columns["part"], codes)]
+
+    @torch.no_grad()
+    def _stage_metrics(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for key, stage in self.stages():
+            if isinstance(stage, Reporter):
+                seen = self._seen_by(key, batch)
+                own = {name: value.detach() for name, value in _own(seen, key).items()}
+                found.update(stage.metrics(seen.view(stage.needs | _gives(stage), key), own))
+        return found
 
     def _transform(self, batch: Batch, scope: Scope, slots: tuple[str, ...]) -> Batch:
         for slot, transform in self._transforms(scope):
@@ -301,6 +322,12 @@ class Recipe:
             "clip/low/frac": ((clipped & ~ahead).double().sum(), weight),
             "kl/old/k3": ((log_ratio.exp() - 1 - log_ratio).sum(), weight),
         }
+
+
+def _gives(stage: Stage) -> frozenset[str]:
+    """Columns that a transform or a sampler writes."""
+    found: frozenset[str] = getattr(stage, "gives", frozenset())
+    return found
 
 
 def _own(batch: Batch, key: str) -> dict[str, Any]:

@@ -57,6 +57,64 @@ class Entropy(Measured):
 
 
 @dataclass(frozen=True)
+class NucleusEntropy(Measured):
+    """Entropy renormalised on the nucleus (top-p set); both readings of it as in `measure.statistics`."""
+
+    p: float = 0.8
+    nucleus: str = "standard"
+
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        return statistics.NucleusEntropy(self.p, self.nucleus)
+
+
+@dataclass(frozen=True)
+class Collision(Measured):
+    """sum_v p_v^2 (log p_v + H): the part of the exact first-order entropy change that no sampled token decides."""
+
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        return statistics.Collision()
+
+
+@dataclass(frozen=True)
+class MaxLogp(Measured):
+    """log-probability of the most probable token."""
+
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        return statistics.MaxLogp()
+
+
+@dataclass(frozen=True)
+class LogKeptMass(Measured):
+    """log of the mass of the tokens that pass a min-p filter, p_v > kappa max p."""
+
+    kappa: float = 0.02
+    keep_equal: bool = False
+
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        return statistics.LogKeptMass(self.kappa, self.keep_equal)
+
+
+@dataclass(frozen=True)
+class TemperedLogp(Measured):
+    """log-probability of the sampled token at another temperature, relative to the policy's."""
+
+    temperature: float = 1.0
+
+    @property
+    def statistic(self) -> statistics.Statistic:
+        """The instrument."""
+        return statistics.TemperedLogp(self.temperature)
+
+
+@dataclass(frozen=True)
 class KL(Stat):
     """KL(pi || other) over the whole vocabulary; `against` names the other policy."""
 

@@ -106,7 +106,7 @@ class ModelLab:
         ]
         return torch.stack(rows)
 
-    def sample(self, policy, prompts, *, temperature, seed):
+    def sample(self, policy, prompts, *, temperature, seed, given=None):
         raise NotImplementedError
 
     def reward(self, prompts, ids, mask):

@@ -18,7 +18,7 @@ from torch import Tensor
 from uncollapse.errors import DataError
 from uncollapse.integrations.verl.names import CLOCK, COLUMN, MASK, ROW, SCALAR, UID, stat_name
 from uncollapse.policy.batch import Batch, Clock, Stat
-from uncollapse.policy.protocols import Term
+from uncollapse.policy.protocols import Reporter, Term
 from uncollapse.policy.recipe import Recipe
 
 _READ_BY_LOSS = frozenset({"advantage", "old_logp", "weight", "part", "scale", "clipped"})
@@ -110,17 +110,18 @@ def received(data: Any, recipe: Recipe) -> Batch:
 
 
 def _readers(recipe: Recipe) -> list[Any]:
-    """The stages that act on the workers: terms, and transforms of the scope `microbatch`."""
+    """The stages that act on the workers: terms, transforms of the scope `microbatch`, and those that report."""
     return [
         stage
         for _, stage in recipe.stages()
-        if isinstance(stage, Term) or getattr(stage, "scope", None) == "microbatch"
+        if isinstance(stage, Term | Reporter) or getattr(stage, "scope", None) == "microbatch"
     ]
 
 
 def _columns(recipe: Recipe) -> frozenset[str]:
     needs = {need for stage in _readers(recipe) for need in stage.needs if isinstance(need, str)}
-    return _READ_BY_LOSS | needs
+    given = {name for stage in _readers(recipe) for name in getattr(stage, "gives", ())}
+    return _READ_BY_LOSS | needs | given
 
 
 def _stats(recipe: Recipe) -> frozenset[Stat]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncollapse.errors import DataError
+from uncollapse.studies.testbeds.engine import Given
 
 ALPHABET = "0123456789+=;?!$_"
 """Characters by id: digits, `+`, `=`, `;`, re-check, end of thinking, end of text, padding."""
@@ -223,8 +224,11 @@ def sample(
     uniform: Float[Tensor, "row limit"],
     *,
     temperature: float = 1.0,
+    given: Given | None = None,
 ) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"], Float[Tensor, "row time"]]:
     """One response per prompt: ids, mask of real tokens (end of text included) and log-probabilities.
+
+    Where tokens are `given` (ids, mask), they stand instead of drawn ones.
 
     `uniform` are numbers in [0, 1) that belong to the rows, one per token; their number is the token limit. Log-probs
     are those of the distribution that was sampled, at `temperature`. `time` is the longest response.
@@ -233,11 +237,13 @@ def sample(
     seen, cache = new != PAD, None
     alive = torch.ones(len(new), dtype=torch.bool, device=new.device)
     columns: list[tuple[Tensor, Tensor, Tensor]] = []
-    for number in uniform.unbind(1):
+    for place, number in enumerate(uniform.unbind(1)):
         logits, cache = model.extend(new, seen, cache)
         logp = (logits[:, -1] / temperature).log_softmax(-1)
         # rounding may leave the last entry of the cumulative distribution below 1, hence the clamp
         token = (logp.exp().cumsum(-1) <= number[:, None]).sum(-1).clamp(max=PAD - 1)
+        if given is not None and place < given[0].shape[1]:
+            token = torch.where(given[1][:, place], given[0][:, place], token)
         token = torch.where(alive, token, PAD)
         columns.append(
             (token, alive, torch.where(alive, logp.gather(1, token.clamp(max=PAD - 1)[:, None])[:, 0], 0.0))
@@ -258,12 +264,18 @@ class CharLMLab:
     digits: tuple[int, int] = (4, 4)
 
     def sample(
-        self, policy: Any, prompts: Sequence[Sequence[int]], *, temperature: float, seed: int
+        self,
+        policy: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        seed: int,
+        given: Given | None = None,
     ) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:
         """Ids and mask of one response per prompt."""
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(prompts), self.token_limit, generator=generator, dtype=torch.float64)
-        ids, mask, _ = sample(policy, prompts, uniform, temperature=temperature)
+        ids, mask, _ = sample(policy, prompts, uniform, temperature=temperature, given=given)
         return ids, mask
 
     def fresh_prompts(self, count: int, *, seed: int) -> list[tuple[int, ...]]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from uncollapse.policy.batch import Batch, Clock, Stat
 from uncollapse.policy.metrics import rollout_stats
 from uncollapse.policy.recipe import LossReport, Recipe
+
+Given: TypeAlias = tuple[Int[Tensor, "row start"], Bool[Tensor, "row start"]]
+"""Tokens that stand at the start of each row instead of drawn ones: ids, and where they are."""
 
 
 @runtime_checkable
@@ -29,9 +33,15 @@ class Lab(Protocol):
         ...
 
     def sample(
-        self, policy: nn.Module, prompts: Sequence[Any], *, temperature: float, seed: int
+        self,
+        policy: nn.Module,
+        prompts: Sequence[Any],
+        *,
+        temperature: float,
+        seed: int,
+        given: Given | None = None,
     ) -> tuple[Int[Tensor, "row time"], Tensor]:
-        """Token ids and mask of one response per prompt."""
+        """Token ids and mask of one response per prompt, what is `given` included."""
         ...
 
     def fresh_prompts(self, count: int, *, seed: int) -> Sequence[Any]:
@@ -79,24 +89,47 @@ class LogitsEngine:
         """The lab's; which ones depends on the clock and the turn alone."""
         return self.lab.fresh_prompts(count, seed=_seed(clock, f"prompts/{turn}"))
 
-    def generate(self, prompts: Sequence[Any], *, temperature: float, clock: Clock) -> Batch:
-        """One response per prompt; the seed of a step depends on the clock alone."""
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        temperature: float,
+        clock: Clock,
+        prefixes: Sequence[Sequence[int]] | None = None,
+    ) -> Batch:
+        """One response per prompt; the seed of a step depends on the clock alone.
+
+        A prefix stays at the start of `ids`; the column `prefix` says how many tokens it has.
+        """
         seed = _seed(clock, "generate")
+        start = torch.zeros(len(prompts), dtype=torch.long)
+        given = None
+        if prefixes is not None:
+            start = torch.tensor([len(prefix) for prefix in prefixes])
+            fixed = pad_sequence(
+                [torch.tensor(list(p), dtype=torch.long) for p in prefixes], batch_first=True
+            )
+            given = fixed, torch.arange(fixed.shape[1]) < start[:, None]
         with torch.no_grad():
-            ids, mask = self.lab.sample(self.policy, prompts, temperature=temperature, seed=seed)
-        length = mask.sum(dim=1)
+            ids, present = self.lab.sample(
+                self.policy, prompts, temperature=temperature, seed=seed, given=given
+            )
+        mask = present.bool() & (torch.arange(ids.shape[1]) >= start[:, None])
         columns = {
             "prompt": list(prompts),
             "ids": ids,
-            "length": length,
-            "finished": length < self.lab.token_limit,
+            "prefix": start,
+            "length": mask.sum(dim=1),
+            "finished": present.sum(dim=1) < self.lab.token_limit,
             "token_limit": torch.tensor(float(self.lab.token_limit)),
         }
-        return Batch(uid=torch.arange(len(ids)), mask=mask.bool(), columns=columns, clock=clock)
+        return Batch(uid=torch.arange(len(ids)), mask=mask, columns=columns, clock=clock)
 
     def score(self, batch: Batch) -> Batch:
-        """The lab's verdict in the column `reward`."""
-        return batch.with_columns(reward=self.lab.reward(batch.columns["prompt"], batch.ids, batch.mask))
+        """The lab's verdict in the column `reward`, of prefix and continuation together."""
+        start = torch.arange(batch.mask.shape[1]) < batch.columns["prefix"][:, None]
+        verdict = self.lab.reward(batch.columns["prompt"], batch.ids, batch.mask | start)
+        return batch.with_columns(reward=verdict)
 
     def measure(self, batch: Batch, stats: frozenset[Stat], *, grad: bool = False) -> Batch:
         """The statistics from full logits at the policy temperature; 0 outside the mask."""

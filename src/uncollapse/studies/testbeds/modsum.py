@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
+from uncollapse.studies.testbeds.engine import Given
 
 Table = Float[Tensor, "prompt position state vocab"]
 
@@ -71,10 +72,11 @@ def sample(
     uniform: Float[Tensor, "row time"],
     *,
     temperature: float = 1.0,
+    given: Given | None = None,
 ) -> Int[Tensor, "row time"]:
     """One answer per row by inverting the cumulative distribution at `uniform`, numbers in [0, 1) that belong to the row.
 
-    The same numbers give the same answer whatever the row order and the number of rows.
+    Where tokens are `given` (ids, mask), they stand instead of drawn ones. The same numbers give the same answer whatever the row order and the number of rows.
     """
     state = torch.zeros_like(prompt)
     ids = torch.empty(uniform.shape, dtype=torch.long, device=prompt.device)
@@ -82,6 +84,8 @@ def sample(
         cumulative = (table[prompt, position, state] / temperature).softmax(-1).cumsum(-1)
         # rounding may leave the last entry below 1, hence the clamp
         token = (cumulative <= uniform[:, position, None]).sum(-1).clamp(max=task.vocab - 1)
+        if given is not None and position < given[0].shape[1]:
+            token = torch.where(given[1][:, position], given[0][:, position], token)
         ids[:, position] = token
         state = (state + token) % task.vocab
     return ids
@@ -160,12 +164,19 @@ class ModSumLab:
         return self.task.length
 
     def sample(
-        self, policy: Any, prompts: Sequence[int], *, temperature: float, seed: int
+        self,
+        policy: Any,
+        prompts: Sequence[int],
+        *,
+        temperature: float,
+        seed: int,
+        given: Given | None = None,
     ) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:
         """Ids and mask (all true) of one answer per prompt."""
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(prompts), self.task.length, generator=generator, dtype=torch.float64)
-        ids = sample(self.task, policy.table, torch.tensor(prompts), uniform, temperature=temperature)
+        row = torch.tensor(prompts)
+        ids = sample(self.task, policy.table, row, uniform, temperature=temperature, given=given)
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
     def fresh_prompts(self, count: int, *, seed: int) -> list[int]:
