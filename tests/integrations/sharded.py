@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
-from test_trl import scripted
 
 from uncollapse.integrations.trl import GRPOTrainer
 
@@ -31,20 +30,19 @@ def shard_on_a_cpu() -> None:
 
 
 def trainer(folder: Path, processes: int, *, tied: bool, recipe: str, **options: Any) -> GRPOTrainer:
-    rollout = {"rollout_func": options.pop("rollout_func")} if "rollout_func" in options else {}
     settings = {
         "per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0,
         "optim": "sgd", "learning_rate": 0.5, "max_steps": 3,
     }  # fmt: skip
     return GRPOTrainer(
         toy.llama(tied=tied), toy.digit_share, toy.config(folder, **(settings | options)),
-        train_dataset=toy.prompts(), processing_class=toy.tokenizer(), recipe=recipe, **rollout,
+        train_dataset=toy.prompts(), processing_class=toy.tokenizer(), recipe=recipe,
     )  # fmt: skip
 
 
 def compared(folder: Path, processes: int, tied: bool, recipe: str) -> dict[str, Any]:
     """Losses and weights of a scripted run."""
-    made = trainer(folder, processes, tied=tied, recipe=recipe, rollout_func=scripted)
+    made = toy.scripted(trainer(folder, processes, tied=tied, recipe=recipe))
     made.train()
     # Every process holds a part of the weights; gathering them is the work of all.
     weights = made.accelerator.get_state_dict(made.model)

@@ -32,20 +32,6 @@ RUNS = [n for n, made in recipes().items() if not made.refusals(offers.TRL)]
 """Every recipe that TRL runs, now and later."""
 
 
-def scripted(prompts, trainer):
-    """Completions that depend on the prompt's text and its place among equal prompts alone."""
-    seen: dict[str, int] = {}
-    ids, completions = [], []
-    for prompt in prompts:
-        place = seen[prompt] = seen.get(prompt, -1) + 1
-        generator = torch.Generator().manual_seed(sum(map(ord, prompt)) * 31 + place)
-        length = int(torch.randint(1, 7, (1,), generator=generator))
-        tokens = torch.randint(2, len(toy.VOCABULARY), (length,), generator=generator).tolist()
-        completions.append(tokens if length == 6 else [*tokens[:-1], 1])
-        ids.append(trainer.processing_class(prompt)["input_ids"])
-    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
-
-
 class Gradients(TrainerCallback):
     """Keeps the model before each optimiser step and its gradient."""
 
@@ -59,14 +45,13 @@ class Gradients(TrainerCallback):
         self.gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
 
 
-def run(tmp_path, trainer_class=GRPOTrainer, model=None, **changes):
+def run(tmp_path, trainer_class=GRPOTrainer, model=None, *, scripted=True, **changes):
     extra = {
         key: changes.pop(key)
-        for key in ("recipe", "reward", "peft_config", "share_prompts", "rollout_func", "dump_tokens")
+        for key in ("recipe", "reward", "peft_config", "share_prompts", "dump_tokens")
         if key in changes
     }
     reward = extra.pop("reward", toy.digit_share)
-    extra.setdefault("rollout_func", scripted)
     keep = Gradients()
     trainer = trainer_class(
         model or toy.llama(),
@@ -77,6 +62,8 @@ def run(tmp_path, trainer_class=GRPOTrainer, model=None, **changes):
         callbacks=[keep],
         **extra,
     )
+    if scripted:
+        toy.scripted(trainer)
     trainer.train()
     return trainer, keep
 
@@ -106,7 +93,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path, name):
 @pytest.mark.parametrize("steps_per_generation", [1, 4])
 def test_sharing_prompts_changes_nothing(tmp_path, name, steps_per_generation):
     changes = {
-        "recipe": name, "rollout_func": None, "max_steps": 4, "steps_per_generation": steps_per_generation,
+        "recipe": name, "scripted": False, "max_steps": 4, "steps_per_generation": steps_per_generation,
         "generation_kwargs": {"min_new_tokens": 6},
     }  # fmt: skip
     shared, a = run(tmp_path / "a", model=toy.llama(dtype=torch.float64), **changes)
@@ -199,15 +186,15 @@ class TransformersLab:
 class Recording(GRPOTrainer):
     """Keeps the raw rollout batch with the prompts of its rows."""
 
-    def _local_batch(self, output, reward, clock):
-        batch = super()._local_batch(output, reward, clock)
+    def _sampled(self, inputs, clock):
+        output, batch = super()._sampled(inputs, clock)
         prompts = [
             row[keep.bool()].tolist()
             for row, keep in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
         ]
-        self.raw = replace(batch, stats={}).with_columns(prompt=prompts)
+        self.raw = batch.with_columns(prompt=prompts)
         self.weights_then = copy.deepcopy(self.model.state_dict())
-        return batch
+        return output, batch
 
     def _plan_window(self):
         super()._plan_window()

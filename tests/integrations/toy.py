@@ -101,3 +101,22 @@ def config(output, **changes):
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     return GRPOConfig(**(settings | changes))
+
+
+def scripted(trainer):
+    """The trainer, with completions that depend on the prompt's tokens and the place among equal prompts alone."""
+
+    def single_turn(prompt_ids, *_args, **_options):
+        seen: dict[tuple[int, ...], int] = {}
+        completions = []
+        for prompt in map(tuple, prompt_ids):
+            place = seen[prompt] = seen.get(prompt, -1) + 1
+            seed = sum((at + 1) * token for at, token in enumerate(prompt)) * 31 + place
+            generator = torch.Generator().manual_seed(seed)
+            length = int(torch.randint(1, 7, (1,), generator=generator))
+            tokens = torch.randint(2, len(VOCABULARY), (length,), generator=generator).tolist()
+            completions.append(tokens if length == 6 else [*tokens[:-1], 1])
+        return completions, None
+
+    trainer._generate_single_turn = single_turn
+    return trainer

@@ -9,7 +9,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
-from test_trl import scripted
 
 from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.registry import recipe
@@ -19,7 +18,7 @@ from uncollapse.policy.stages.samplers import DynamicSampler
 def train(folder: Path, name: str, processes: int) -> dict | None:
     """Losses, what was sampled and weights, on the main process."""
     dynamic = isinstance(recipe(name).sampler, DynamicSampler)
-    trainer = GRPOTrainer(
+    trainer = toy.scripted(GRPOTrainer(
         toy.llama(),
         toy.odd_prompts_are_dead if dynamic else toy.digit_share,
         toy.config(
@@ -28,9 +27,8 @@ def train(folder: Path, name: str, processes: int) -> dict | None:
         ),
         train_dataset=toy.prompts(),
         processing_class=toy.tokenizer(),
-        rollout_func=scripted,
         recipe=name,
-    )  # fmt: skip
+    ))  # fmt: skip
     trainer.train()
     if not trainer.accelerator.is_main_process:
         return None

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from uncollapse.errors import DataError
-from uncollapse.policy.batch import Batch, Clock
+from uncollapse.errors import ConfigError, DataError
+from uncollapse.policy.batch import PARTS, Batch, Clock
 from uncollapse.policy.stages.segments import equal_groups
 
 LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
@@ -58,6 +58,19 @@ def replace_rows(
             old[into] = new[source]
         merged[name] = old
     return merged
+
+
+def stacked(outputs: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Any]:
+    """Generation batches one below the other, padded to the longest; what only some have is left out."""
+    whole = dict(outputs[0])
+    for more in outputs[1:]:
+        for name in [name for name in whole if name not in more]:
+            del whole[name]
+        for name, value in whole.items():
+            if isinstance(value, Tensor) and value.ndim:
+                fill = pad_id if name.endswith("_ids") else 0
+                whole[name] = torch.cat(_same_width(value, more[name], fill, left=name in LEFT_PADDED))
+    return whole
 
 
 def _same_width(old: Tensor, new: Tensor, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -118,11 +131,25 @@ def _rows(group: Int[Tensor, " group"], size: int) -> Int[Tensor, " row"]:
     return (group[:, None] * size + torch.arange(size, device=group.device)).reshape(-1)
 
 
-def shuffled_groups(rollout: Batch, rows: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
-    """An order of this process's rows, numbers `rows` in the rollout batch, that shuffles whole groups by a hash."""
+def shuffled_groups(rollout: Batch, rows: Int[Tensor, " row"], chunks: int) -> Int[Tensor, " row"]:
+    """An order of this process's rows, numbers `rows` in the rollout batch, that is going to be cut into equal `chunks`.
+
+    Whole groups are shuffled by a hash. Rows that are not the policy's (column `part`) are shared out equally, so that
+    no optimiser step has all of them. Raises `ConfigError` where their number does not allow that.
+    """
     group = rollout.group[rows]
     key = rollout.clock.uniform(group, 1, "order-of-groups")[:, 0]
-    return torch.argsort(key, stable=True)
+    order = torch.argsort(key, stable=True)
+    if "part" not in rollout.columns:
+        return order
+    extra = rollout.columns["part"][rows][order] != PARTS["policy"]
+    if int(extra.sum()) % chunks:
+        raise ConfigError(
+            f"the sampler adds {int(extra.sum())} rows to a rollout of {int((~extra).sum())}, which {chunks} micro-batches "
+            "(steps_per_generation) cannot share equally; change its share of prompts or the batch size"
+        )
+    shares = order[extra].reshape(chunks, -1)
+    return torch.cat([torch.cat(both) for both in zip(order[~extra].chunk(chunks), shares, strict=True)])
 
 
 def ordered(output: Mapping[str, Any], order: Int[Tensor, " row"]) -> dict[str, Any]:

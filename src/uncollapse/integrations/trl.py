@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
 from uncollapse.integrations.rollout_dump import RolloutDump
 from uncollapse.integrations.rounds import LEFT_PADDED, check_groups, fill_dead, ordered, shuffled_groups
+from uncollapse.integrations.sampling import SamplingEngine
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
@@ -69,6 +70,9 @@ class GRPOTrainer(trl.GRPOTrainer):
     batch sizes that it cannot run on, and for a recipe that needs what TRL cannot provide.
     """
 
+    generation_config: Any
+    num_generations: int
+
     def __init__(
         self,
         model: Any,
@@ -90,6 +94,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         # TRL holds a reference model only for its own KL penalty; the recipe's penalty replaces that.
         settings.beta = 1.0 if reference else 0.0
         super().__init__(model, reward_funcs, settings, *more, **options)
+        if _samples_in_rounds(self.recipe):
+            self._refuse_other_generation()
         self.beta = settings.beta = 0.0
         self._reads_reference = reference
         if self.aux_loss_enabled or getattr(self, "_is_vlm", False):
@@ -107,6 +113,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             self._dump = RolloutDump(dump, self._tokenizer, self.accelerator)
         self._rollouts = 0
         self._raw_rewards: Tensor | None = None
+        self._prefixes: Sequence[Sequence[int]] | None = None
         self._old_stats: dict[Stat, Tensor] = {}
         self._buffered_inputs: list[dict[str, Any]] | None = None
         self._rollout: Batch | None = None
@@ -128,19 +135,37 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
+        if self._prefixes is not None:
+            whole = [[*p, *ids] for p, ids in zip(self._prefixes, completion_ids_list, strict=True)]
+            completions = self._with_prefix_texts(completions, whole)
+            completion_ids_list = whole
         self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._raw_rewards
+
+    def _with_prefix_texts(self, completions: list[Any], whole: list[list[int]]) -> list[Any]:
+        """Completions as reward functions expect them, with the prefix that they continue."""
+        texts = self.processing_class.batch_decode(whole, skip_special_tokens=True)
+        return [
+            text if isinstance(completion, str) else [{**completion[0], "content": text}, *completion[1:]]
+            for completion, text in zip(completions, texts, strict=True)
+        ]
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, *more = super()._tokenize_prompts(prompts)
+        if self._prefixes is not None:
+            ids = [[*prompt, *prefix] for prompt, prefix in zip(ids, self._prefixes, strict=True)]
+        return ids, *more
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         self._finish_rollout()
         clock = Clock(step=self._rollouts, total=self._planned_rollouts(), seed=self.args.seed)
-        output, reward = self._sampled(inputs, clock)
-        self._rollout = self._gathered(self._local_batch(output, reward, clock))
+        output, batch = self._sampled(inputs, clock)
+        self._rollout = self._gathered(batch.with_stats(self._rollout_stats(output, batch.mask)))
         if not self._one_forward:
             self._prepare_rollout(self._rollout)
-        output["row"] = self._local_rows(len(reward))
+        output["row"] = batch.uid
         self._rollouts += 1
         return output
 
@@ -182,24 +207,36 @@ class GRPOTrainer(trl.GRPOTrainer):
         """Numbers of this process's rows in the rollout batch of all."""
         return self.accelerator.process_index * count + torch.arange(count, device=self.accelerator.device)
 
-    def _sampled(self, inputs: list[dict[str, Any]], clock: Clock) -> tuple[dict[str, Any], Tensor]:
-        """TRL's generation batch of this process and its rewards, sampled as the recipe's sampler says."""
-        generate = super()._generate_and_score_completions
+    def _sampled(self, inputs: list[dict[str, Any]], clock: Clock) -> tuple[dict[str, Any], Batch]:
+        """TRL's generation batch of this process and its rows, sampled as the recipe's sampler says."""
         check_groups(inputs, self._local_rows(len(inputs)) // self.num_generations)
+        sampler = self.recipe.sampler
+        if isinstance(sampler, PlainSampler):
+            output, reward = self._drawn(inputs)
+            return output, self._local_batch(output, self._own(reward), clock)
+        if isinstance(sampler, DynamicSampler):
+            return self._dynamically_sampled(sampler, inputs, clock)
+        return self._sampled_in_rounds(inputs, clock)
 
-        def sample(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
-            output = generate(rows)
-            # Beside the tokens, so that rows sampled again bring their statistics along.
-            output |= {_column(stat): value for stat, value in self._old_stats.items()}
-            self._old_stats = {}
-            return output, self._reward()
+    def _drawn(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
+        """TRL's generation batch of these rows, and the rewards of all processes."""
+        output = super()._generate_and_score_completions(rows)
+        # Beside the tokens, so that rows sampled again bring their statistics along.
+        output |= {_column(stat): value for stat, value in self._old_stats.items()}
+        self._old_stats = {}
+        return output, self._reward()
 
-        sampler, processes = self.recipe.sampler, self.accelerator.num_processes
-        if not isinstance(sampler, DynamicSampler):
-            output, reward = sample(inputs)
-            return output, reward[self._local_rows(len(inputs))]
+    def _own(self, values: Tensor) -> Tensor:
+        """This process's share of what all processes have gathered."""
+        return values[self._local_rows(len(values) // self.accelerator.num_processes)]
+
+    def _dynamically_sampled(
+        self, sampler: DynamicSampler, inputs: list[dict[str, Any]], clock: Clock
+    ) -> tuple[dict[str, Any], Batch]:
+        """As the sampler does, with dead groups counted over all processes."""
+        processes = self.accelerator.num_processes
         output, reward, generated = fill_dead(
-            sample,
+            self._drawn,
             self._shared,
             inputs,
             self.train_dataset,
@@ -211,7 +248,66 @@ class GRPOTrainer(trl.GRPOTrainer):
             pad_id=self._tokenizer.pad_token_id,
         )
         self._metrics["train"]["sampler/oversampling"].append(generated / (len(inputs) * processes))
-        return output, reward[self._local_rows(len(inputs))]
+        return output, self._local_batch(output, self._own(reward), clock)
+
+    def _sampled_in_rounds(self, inputs: list[dict[str, Any]], clock: Clock) -> tuple[dict[str, Any], Batch]:
+        """Let the sampler itself generate, continue and measure rows of this process, which hold whole groups."""
+
+        def measure(output: Mapping[str, Any], mask: Tensor, stats: frozenset[Stat]) -> dict[Stat, Tensor]:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                return self._measured(self.model, output, mask, _of(stats, "old"))
+
+        engine = SamplingEngine(
+            generate=self._round,
+            describe=self._local_batch,
+            measure=measure,
+            dataset=self.train_dataset,
+            pad_id=self._tokenizer.pad_token_id,
+        )
+        sampler = self.recipe.sampler
+        batch = sampler(engine, inputs[:: self.num_generations], clock)
+        output = engine.rows(batch)
+        self._metrics["train"]["sampler/oversampling"].append(engine.generated / len(inputs))
+        self._metrics["train"].pop("frac_reward_zero_std", None)  # TRL saw groups of one
+        local = self._local_batch(output, batch.reward, clock)
+        groups = int(batch.group.max()) + 1
+        given = {name: batch.columns[name] for name in getattr(sampler, "gives", ())}
+        given["group"] = batch.group + groups * self.accelerator.process_index
+        return output, local.with_columns(**given)
+
+    def _round(
+        self, rows: list[dict[str, Any]], temperature: float, prefixes: Sequence[Sequence[int]] | None
+    ) -> tuple[dict[str, Any], Tensor]:
+        """One round of a sampler: rows of any number, at any temperature, with or without prefixes."""
+        settings, group = self.generation_config, self.num_generations
+        self.generation_config = copy.copy(settings)
+        self.generation_config.temperature = temperature
+        self.num_generations = 1  # TRL's own advantages, which nobody reads, want whole groups
+        self._prefixes = prefixes
+        try:
+            output, reward = self._drawn(rows)
+        finally:
+            self.generation_config, self.num_generations, self._prefixes = settings, group, None
+        return output, self._own(reward)
+
+    def _refuse_other_generation(self) -> None:
+        """Raise `ConfigError` for ways of generating that know neither prefixes nor other temperatures."""
+        name = type(self.recipe.sampler).__name__
+        if (
+            self.use_vllm
+            or self.use_transformers_continuous_batching
+            or self.rollout_func is not None
+            or self.tools
+        ):
+            raise ConfigError(
+                f"the sampler {name} continues answers or changes the temperature, which works with generation by "
+                "transformers only; turn vLLM, continuous batching, tools and rollout functions off"
+            )
+        if self.args.per_device_train_batch_size * self.args.steps_per_generation % self.num_generations:
+            raise ConfigError(
+                f"the sampler {name} needs whole groups in each process; make per_device_train_batch_size * "
+                f"steps_per_generation a multiple of num_generations={self.num_generations}"
+            )
 
     def _shared(self, output: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors of a generation batch with the rows of all processes."""
@@ -241,8 +337,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         }
         if "importance_sampling_ratio" in output:
             columns["weight"] = output["importance_sampling_ratio"].expand_as(mask) * mask
-        batch = Batch(uid=rows, mask=mask, columns=columns, clock=clock)
-        return batch.with_stats(self._rollout_stats(output, mask))
+        return Batch(uid=rows, mask=mask, columns=columns, clock=clock)
 
     def _reward(self) -> Tensor:
         """Weighted sum of the reward functions over all rows; NaN where none of them scored."""
@@ -312,7 +407,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         if self._step % self._generate_every() == 0 or self._buffered_inputs is None:
             output = self._generate_and_score_completions(generation_batch)
             assert self._rollout is not None
-            order = shuffled_groups(self._rollout, output["row"])
+            order = shuffled_groups(self._rollout, output["row"], self.args.steps_per_generation)
             self._buffered_inputs = split_tensor_dict(ordered(output, order), self.args.steps_per_generation)
         if self._step % self.args.gradient_accumulation_steps == 0 and not self._one_forward:
             self._plan_window()
@@ -475,6 +570,10 @@ class GRPOTrainer(trl.GRPOTrainer):
         self.recipe.load_state_dict(state)
 
 
+def _samples_in_rounds(recipe: Recipe) -> bool:
+    return not isinstance(recipe.sampler, (DynamicSampler, PlainSampler))
+
+
 def _column(stat: Stat) -> str:
     """Where a generation batch carries a statistic of its rows."""
     return f"statistics/{stat!r}"
@@ -499,6 +598,4 @@ def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
             f"steps_per_generation={args.steps_per_generation} must be a multiple of gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps}: a recipe plans over all rows of an optimiser step"
         )
-    if not isinstance(recipe.sampler, (DynamicSampler, PlainSampler)):
-        raise ConfigError(f"TRL cannot run the sampler {type(recipe.sampler).__name__}")
     recipe.check("TRL", offers.TRL)

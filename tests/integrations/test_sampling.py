@@ -1,0 +1,133 @@
+"""Samplers of several rounds in TRL: answers that are continued, rows at another temperature, rows on top."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy
+from test_trl import Recording, run
+
+from uncollapse.errors import ConfigError
+from uncollapse.integrations.trl import GRPOTrainer
+from uncollapse.policy.batch import PARTS, join
+from uncollapse.policy.registry import recipe
+from uncollapse.policy.stages.samplers import PlainSampler
+from uncollapse.policy.stats import Entropy
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@dataclass(frozen=True)
+class Continuing:
+    """One answer per prompt, and three that go on after its most uncertain token."""
+
+    samples: int = 4
+    temperature: float = 1.0
+    needs: frozenset = field(default=frozenset({Entropy("old")}), init=False)
+    gives: frozenset = field(default=frozenset({"cut"}), init=False)
+
+    def __call__(self, engine, prompts, clock):
+        first = engine.score(engine.generate(prompts, temperature=self.temperature, clock=clock))
+        first = engine.measure(first, frozenset({Entropy("old")}))
+        cut = first.stats[Entropy("old")].argmax(dim=1)
+        prefixes = [row[:end].tolist() for row, end in zip(first.ids, cut.tolist(), strict=True)]
+        repeated = [prompt for prompt in prompts for _ in range(3)]
+        more = engine.generate(
+            repeated, temperature=self.temperature, clock=replace(clock, update=1),
+            prefixes=[prefix for prefix in prefixes for _ in range(3)],
+        )  # fmt: skip
+        both = join([first, engine.score(more)])
+        group = torch.cat([torch.arange(len(prompts)), torch.arange(len(prompts)).repeat_interleave(3)])
+        both = both.with_columns(group=group, cut=torch.cat([cut, cut.repeat_interleave(3)]))
+        return both[group.argsort(stable=True)]
+
+
+@dataclass(frozen=True)
+class Hotter:
+    """The first prompt again, at twice the temperature, as part `tempered` with half the weight."""
+
+    samples: int = 4
+    temperature: float = 1.0
+    needs: frozenset = field(default=frozenset(), init=False)
+    gives: frozenset = field(default=frozenset({"part", "scale"}), init=False)
+
+    def __call__(self, engine, prompts, clock):
+        batch = PlainSampler(self.samples, self.temperature)(engine, prompts, clock)
+        hot = engine.score(engine.generate([prompts[0]] * self.samples, temperature=2.0, clock=clock))
+        hot = hot.with_columns(group=torch.full((self.samples,), len(prompts)))
+        part = torch.tensor([PARTS["policy"]] * len(batch) + [PARTS["tempered"]] * len(hot))
+        return join([batch, hot]).with_columns(part=part, scale=torch.where(part == 0, 1.0, 0.5))
+
+
+CONTINUING = replace(recipe("grpo"), name="continuing", sampler=Continuing())
+HOTTER = replace(recipe("grpo"), name="hotter", sampler=Hotter())
+WIDE = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "max_steps": 4}
+
+
+class Watching(Recording):
+    """Keeps what each round was asked for."""
+
+    def _round(self, rows, temperature, prefixes):
+        self.rounds = [*getattr(self, "rounds", []), (len(rows), temperature, prefixes)]
+        return super()._round(rows, temperature, prefixes)
+
+
+def test_continued_answers_have_their_prefix_in_the_prompt_and_are_judged_with_it(tmp_path):
+    seen = []
+
+    def reward(prompts, completions, completion_ids, **columns):
+        seen.append((completions, completion_ids))
+        return [float(len(ids) % 5) for ids in completion_ids]
+
+    trainer, keep = run(tmp_path, Watching, recipe=CONTINUING, reward=reward, max_steps=1)
+    assert [count for count, *_ in trainer.rounds] == [2, 6]
+    raw, prefixes = trainer.raw, trainer.rounds[1][2]
+    prompts = raw.columns["prompt"]
+    for group in (0, 1):
+        rows = (raw.group == group).nonzero()[:, 0].tolist()
+        assert len(rows) == 4
+        cut = int(raw.columns["cut"][rows[0]])
+        parent = raw.ids[rows[0], :cut].tolist()
+        for row in rows[1:]:
+            assert prompts[row] == [*prompts[rows[0]], *parent]
+    completions, ids = seen[1]
+    assert all(whole[: len(p)] == p for whole, p in zip(ids, prefixes, strict=True))
+    decoded = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    assert list(completions) == decoded
+    logged = trainer.state.log_history[0]
+    assert logged["sampler/oversampling"] == 1
+    assert "frac_reward_zero_std" not in logged
+    assert any(g is not None and g.abs().sum() > 0 for g in keep.gradients[0])
+
+
+def test_rows_on_top_are_shared_out_to_the_steps_and_leave_the_metrics_alone(tmp_path):
+    trainer, _ = run(tmp_path, Watching, recipe=HOTTER, **WIDE)
+    plain, _ = run(tmp_path / "plain", recipe="grpo", **WIDE)
+    assert trainer.rounds[1] == (4, 2.0, None)
+    for window in trainer.windows:
+        assert (window.columns["part"] == PARTS["tempered"]).sum() == 1
+        assert (window.columns["part"] == PARTS["policy"]).sum() == 4
+    first, same = trainer.state.log_history[0], plain.state.log_history[0]
+    for name in ("reward/mean", "entropy/token/mean", "length/mean"):
+        assert first[name] == pytest.approx(same[name])
+    assert first["sampler/oversampling"] == 1.25
+    assert trainer.generation_config.temperature == 1.0
+
+
+def test_rows_on_top_that_the_micro_batches_cannot_share_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"8 micro-batches .* cannot share equally"):
+        run(tmp_path, recipe=HOTTER, steps_per_generation=8, per_device_train_batch_size=2)
+
+
+def test_a_rollout_function_knows_no_prefixes(tmp_path):
+    with pytest.raises(ConfigError, match="turn vLLM, continuous batching, tools and rollout functions off"):
+        GRPOTrainer(
+            toy.llama(), toy.digit_share, toy.config(tmp_path), train_dataset=toy.prompts(),
+            processing_class=toy.tokenizer(), recipe=HOTTER, rollout_func=lambda prompts, trainer: {},
+        )  # fmt: skip
