@@ -29,17 +29,6 @@ BLOCK = re.compile(
 )
 SCHEMA_FIELDS = ("needs", "gives")
 """What the protocol asks of every stage; a reader of the recipes' settings need not see it."""
-SLOTS = (
-    "sampler",
-    "rewards",
-    "filters",
-    "advantage",
-    "weights",
-    "surrogate",
-    "mean",
-    "regularizers",
-    "replay",
-)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -185,14 +174,17 @@ def arxiv(paper: str) -> str:
 
 def recipes_table(argument: str | None) -> str:
     """The registered recipes, then the stages and settings of each."""
+    from uncollapse.policy.config.names import SLOTS
     from uncollapse.policy.registry import recipes
 
+    slots = [slot for slot in SLOTS if slot != "schedule"]
+    slots.insert(slots.index("surrogate") + 1, "mean")
     known = recipes()
     rows = ((f"[`{n}`](#{n})", r.summary, arxiv(r.paper)) for n, r in known.items())
     parts = [table(("recipe", "what it does", "from"), rows)]
     for name, recipe in known.items():
         rows = []
-        for slot in SLOTS:
+        for slot in slots:
             value = getattr(recipe, slot)
             stages = value if isinstance(value, tuple) else (value,)
             rows += [(slot, f"`{stage_text(stage)}`") for stage in stages if stage is not None]

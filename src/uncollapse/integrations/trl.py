@@ -34,6 +34,7 @@ from trl.trainer.utils import split_tensor_dict, use_adapter
 
 from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
+from uncollapse.integrations.responses import response_columns
 from uncollapse.integrations.rollout_dump import RolloutDump
 from uncollapse.integrations.rounds import LEFT_PADDED, check_groups, fill_dead, ordered, shuffled_groups
 from uncollapse.integrations.sampling import SamplingEngine
@@ -325,15 +326,11 @@ class GRPOTrainer(trl.GRPOTrainer):
             mask = mask & output["tool_mask"].bool()
         rows = self._local_rows(len(mask))
         ids = output["completion_ids"]
-        last = ids.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
-        ends = torch.tensor(self.eos_token_ids, device=ids.device)
         columns: dict[str, Any] = {
             "ids": ids,
             "reward": reward,
             "group": rows // self.num_generations,
-            "length": length,
-            "finished": torch.isin(last, ends) & (length > 0),
-            "token_limit": torch.tensor(float(self.max_completion_length), device=ids.device),
+            **response_columns(ids, length, ends=self.eos_token_ids, limit=self.max_completion_length),
         }
         if "importance_sampling_ratio" in output:
             columns["weight"] = output["importance_sampling_ratio"].expand_as(mask) * mask

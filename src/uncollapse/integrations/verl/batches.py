@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.errors import DataError
+from uncollapse.integrations.responses import response_columns
 from uncollapse.integrations.verl.names import CLOCK, COLUMN, MASK, ROW, SCALAR, UID, stat_name
 from uncollapse.policy.batch import Batch, Clock, Stat
 from uncollapse.policy.protocols import Reporter, Term
@@ -43,15 +44,11 @@ def rollout_batch(
     group = row // samples
     _check_groups(group, prompt, samples)
     length = tensors["attention_mask"][:, -ids.shape[1] :].sum(dim=1)
-    last = ids.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
-    finished = torch.isin(last, torch.tensor(list(ends), device=ids.device)) & (length > 0)
     columns: dict[str, Any] = {
         "ids": ids,
         "reward": tensors["token_level_scores"].sum(dim=1),
         "group": group,
-        "length": length,
-        "finished": finished,
-        "token_limit": torch.tensor(float(ids.shape[1]), device=ids.device),
+        **response_columns(ids, length, ends=ends, limit=ids.shape[1]),
     }
     if "rollout_is_weights" in tensors:
         columns["weight"] = tensors["rollout_is_weights"] * mask
