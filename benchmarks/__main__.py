@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 NOT_BENCHMARKS = {
     "__init__",
     "__main__",
+    "comparison",
     "harness",
     "profile_step",
     "prompts",

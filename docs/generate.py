@@ -335,6 +335,16 @@ def advice_table(argument: str | None) -> str:
     return table(("what", "recipe", "TRL, verl", "from", "careful"), rows)
 
 
+def comparison_table(argument: str | None) -> str:
+    """Every recipe on one of the small worlds."""
+    from benchmarks import comparison
+
+    found = comparison.kept().get(argument or "")
+    if found is None:
+        return f"Not measured yet. `python -m benchmarks.comparison {argument}` measures it."
+    return comparison.table(found, argument or "")
+
+
 def processes_table(argument: str | None) -> str:
     """A step in one and two processes, and the cost model beyond."""
     command = "`python -m benchmarks.processes`"
@@ -397,6 +407,7 @@ SOURCES: Mapping[str, Callable[[str | None], str]] = {
     "api": api_reference,
     "benchmarks": benchmarks_table,
     "cli": command_line,
+    "comparison": comparison_table,
     "confusion": confusion_table,
     "engines": engines_table,
     "glossary": glossary,

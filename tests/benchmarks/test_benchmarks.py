@@ -166,3 +166,24 @@ def test_the_cost_model_of_processes_is_a_line_in_rows_and_a_ring():
     assert processes.predicted(cases, 10**6) == pytest.approx(1.5 + 0.6, rel=1e-4)
     result = {"summary": "", "model": "m", "rows": 32, "steps": 3, "date": "2026-01-02", "cases": cases}
     assert processes.table(result).count("extrapolated, not measured") == 4
+
+
+def test_the_comparison_has_every_recipe_on_as_many_rows_and_tells_means_with_intervals(
+    tmp_path, monkeypatch
+):
+    from benchmarks import comparison
+    from uncollapse.policy.registry import recipes
+
+    known = comparison.contestants()
+    assert set(known) >= {name for name in recipes() if name in known} | {"clip-cov-scaled"}
+    assert {made.sampler.samples for made in known.values()} == {comparison.SAMPLES}
+
+    def run(recipe, seed):
+        return {"entropy": 1.0 + seed if recipe.name == "grpo" else 3.0, "reward": 0.5, "seconds": 2.0}
+
+    monkeypatch.setitem(comparison.RUN, "modsum", run)
+    monkeypatch.setattr(comparison, "WORK", tmp_path)
+    result = comparison.measure("modsum", ["grpo", "dapo"], (0, 1))
+    text = comparison.table(result, "modsum")
+    assert text.index("| dapo | 3.000 ± 0.00 |") < text.index("| grpo | 1.500 ±")
+    assert "| 0.500 ± 0.00 | 1.000 ± 0.00 |" in text
