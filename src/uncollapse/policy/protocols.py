@@ -133,7 +133,7 @@ class Engine(Protocol):
         clock: Clock,
         prefixes: Sequence[Sequence[int]] | None = None,
     ) -> Batch:
-        """One row per prompt, with `ids`, `mask` and the sampler's columns.
+        """One row per prompt, with `ids`, `mask` and the engine's columns; `uid` numbers the rows of all processes.
 
         A row with a prefix (token ids of a response so far, which may be empty) continues it. The prefix is given, not
         sampled: it is outside `mask` and not counted in `length`, whether the engine keeps it in `ids` or with the prompt.

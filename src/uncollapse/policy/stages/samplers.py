@@ -29,11 +29,11 @@ class PlainSampler:
             raise ConfigError(f"sampler: needs samples >= 1 and temperature > 0; got {self}")
 
     def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
-        """Scored rows, `samples` for each prompt in order; `uid` is the row's number in the rollout batch."""
+        """Scored rows, `samples` for each prompt in order, numbered as the engine does."""
         repeated = [prompt for prompt in prompts for _ in range(self.samples)]
         batch = engine.generate(repeated, temperature=self.temperature, clock=clock)
-        uid = torch.arange(len(batch), device=batch.mask.device)
-        return engine.score(replace(batch, uid=uid).with_columns(group=uid // self.samples))
+        row = torch.arange(len(batch), device=batch.mask.device)
+        return engine.score(batch.with_columns(group=row // self.samples))
 
 
 @dataclass(frozen=True)
