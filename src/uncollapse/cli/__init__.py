@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
@@ -20,20 +21,23 @@ from uncollapse.errors import UncollapseError
 from uncollapse.integrations.processes import ProcessError
 
 _VERBS = {
-    "demo": "uncollapse.cli.demo:demo",
-    "train": "uncollapse.cli.train:train",
-    "compare": "uncollapse.cli.compare:compare",
-    "report": "uncollapse.cli.reports:report",
-    "diagnose": "uncollapse.cli.diagnose:diagnose",
-    "list": "uncollapse.cli.catalogue:list_",
-    "show": "uncollapse.cli.catalogue:show",
-    "reproduce": "uncollapse.cli.reproduce:reproduce",
-    "doctor": "uncollapse.cli.doctor:doctor",
+    "demo": "demo:demo",
+    "diagnose": "diagnose:diagnose",
+    "train": "train:train",
+    "compare": "compare:compare",
+    "report": "reports:report",
+    "list": "catalogue:list_",
+    "show": "catalogue:show",
+    "recipe": {"show": "recipe:show", "list": "recipe:list_"},
+    "reproduce": "reproduce:reproduce",
+    "doctor": "doctor:doctor",
 }
+"""Commands in the order of the help, and the function of each."""
 
 
 def build() -> App:
-    """The application. A verb's module is imported when the verb or the help of all verbs is asked for."""
+    """The application. The modules of all verbs are imported, since a help without their summaries would be none;
+    what a verb needs beyond parsing it imports when it runs."""
     app = App(
         name="uncollapse",
         help="See, explain and prevent collapse: entropy collapse in reinforcement learning first of all.\n\n"
@@ -45,15 +49,26 @@ def build() -> App:
         help_format="markdown",
         suppress_keyboard_interrupt=False,
     )
-    for name, target in _VERBS.items():
-        app.command(target, name=name)
-    recipe = App(
-        name="recipe", help="Look at recipes: what they are made of, what they need, where they run."
-    )
-    recipe.command("uncollapse.cli.recipe:show", name="show")
-    recipe.command("uncollapse.cli.recipe:list_", name="list")
-    app.command(recipe)
+    for place, (name, target) in enumerate(_VERBS.items()):
+        if isinstance(target, str):
+            app.command(_function(target), name=name, sort_key=place)
+        else:
+            app.command(_recipes(name, target, place))
     return app
+
+
+def _recipes(name: str, verbs: Mapping[str, str], place: int) -> App:
+    words = "Look at recipes: what they are made of, what they need, where they run."
+    app = App(name=name, help=words, sort_key=place)
+    for verb, target in verbs.items():
+        app.command(_function(target), name=verb)
+    return app
+
+
+def _function(target: str) -> Callable[..., object]:
+    module, name = target.split(":")
+    found: Callable[..., object] = getattr(import_module(f"uncollapse.cli.{module}"), name)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
