@@ -20,7 +20,7 @@ from uncollapse.cli.output import console, fail, fail_alone, note, show_warnings
 from uncollapse.errors import UncollapseError
 from uncollapse.integrations.processes import ProcessError
 
-_VERBS = {
+_VERBS: dict[str, str | dict[str, str]] = {
     "demo": "demo:demo",
     "diagnose": "diagnose:diagnose",
     "train": "train:train",
