@@ -54,6 +54,9 @@ class _RowsLeave(StoppingCriteria):
 class _RoomyLayer(DynamicLayer):
     """Keys and values with room for what is still to come: a new token is written behind the others, none is moved."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
@@ -74,7 +77,12 @@ def _appended(kept: Tensor, new: Tensor, store: Tensor | None, room: int) -> tup
     """`kept` with `new` behind it, and the store that both are in: the same, unless `kept` is not or no longer in it."""
     start = kept.shape[-2] if kept.numel() else 0
     end = start + new.shape[-2]
-    if store is None or store.data_ptr() != kept.data_ptr() or len(store) != len(new) or store.shape[-2] < end:
+    if (
+        store is None
+        or store.data_ptr() != kept.data_ptr()
+        or len(store) != len(new)
+        or store.shape[-2] < end
+    ):
         store = new.new_empty(*new.shape[:-2], max(end, room), new.shape[-1])
         if start:
             store[..., :start, :] = kept
