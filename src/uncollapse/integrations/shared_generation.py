@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from uncollapse.integrations.packed_weights import packed_weights
@@ -48,6 +49,45 @@ class _RowsLeave(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Bool[Tensor, " row"]:
         self.ended |= torch.isin(input_ids[:, -1], self.ends)
         return (self.ended.sum() >= LEAVE_AT * len(self.ended)).expand(len(self.ended))
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for what is still to come: a new token is written behind the others, none is moved."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self._key_room = _appended(self.keys, key_states, self._key_room, self.room)
+        self.values, self._value_room = _appended(self.values, value_states, self._value_room, self.room)
+        return self.keys, self.values
+
+
+def _appended(kept: Tensor, new: Tensor, store: Tensor | None, room: int) -> tuple[Tensor, Tensor]:
+    """`kept` with `new` behind it, and the store that both are in: the same, unless `kept` is not or no longer in it."""
+    start = kept.shape[-2] if kept.numel() else 0
+    end = start + new.shape[-2]
+    if (
+        store is None
+        or store.data_ptr() != kept.data_ptr()
+        or len(store) != len(new)
+        or store.shape[-2] < end
+    ):
+        store = new.new_empty(*new.shape[:-2], max(end, room), new.shape[-1])
+        if start:
+            store[..., :start, :] = kept
+    store[..., start:end, :] = new
+    return store[..., :end, :], store
 
 
 def share_generation(model: nn.Module) -> None:
@@ -89,7 +129,7 @@ def generate_shared(
     pad = (_tokens(model, generation_config, "pad_token_id") or ends.tolist() or [0])[0]
     limit = width + generation_config.max_new_tokens
     name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-    cache = _prefilled(model, input_ids, attention_mask, name)
+    cache = _prefilled(model, input_ids, attention_mask, name, room=limit)
     done = input_ids.new_full((rows, limit), pad)
     live = torch.arange(rows, device=input_ids.device)
     stay = _asks(model, generation_config, _BY_LENGTH)
@@ -114,12 +154,16 @@ def generate_shared(
     return done[:, :reached]
 
 
-def _prefilled(model: Any, input_ids: Tensor, attention_mask: Tensor, name: str) -> DynamicCache:
+def _prefilled(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, name: str, *, room: int
+) -> DynamicCache:
     """Keys and values of all prompt tokens but the last, computed once for neighbouring rows with equal prompts.
 
-    The last token is left for each row's first forward pass, which has to give that row's logits.
+    The last token is left for each row's first forward pass, which has to give that row's logits. There is `room` for
+    so many tokens.
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [_RoomyLayer(room) for _ in cache.layers]
     if input_ids.shape[1] < 2:
         return cache
     first, owner = distinct(input_ids.masked_fill(attention_mask == 0, -1))

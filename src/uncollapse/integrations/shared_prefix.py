@@ -36,21 +36,15 @@ _PREFIX = "shared_prefix|"
 class Grid(NamedTuple):
     """Consecutive packed tokens as rows of slots, padded on the right.
 
-    `token` is the packed token of each slot, 0 where there is none; `slot` the flat slot of each token; `start` the
-    first token.
+    `token` is the number of each slot's token among these, 0 where there is none; `slot` the flat slot of each token.
     """
 
     token: Int[Tensor, "row slot"]
     slot: Int[Tensor, " token"]
-    start: int
 
-    def lay_out(self, x: Float[Tensor, "1 head token dim"]) -> Float[Tensor, "row head slot dim"]:
-        """States of packed tokens in their slots; anything in the slots that hold none."""
-        tokens = x[0].transpose(0, 1)
-        if self._dense:
-            laid = tokens.narrow(0, self.start, len(self.slot))
-        else:
-            laid = tokens.index_select(0, self.token.reshape(-1))
+    def lay_out(self, tokens: Float[Tensor, "token head dim"]) -> Float[Tensor, "row head slot dim"]:
+        """States of the tokens in their slots; anything in the slots that hold none."""
+        laid = tokens if self._dense else tokens.index_select(0, self.token.reshape(-1))
         return laid.unflatten(0, self.token.shape).transpose(1, 2)
 
     def collect(self, x: Float[Tensor, "row head slot dim"]) -> Float[Tensor, "token head dim"]:
@@ -127,8 +121,8 @@ def pack(
     total = int(lengths.sum())
     places = torch.arange(int(lengths.amax()), device=lengths.device)
     layout = Layout(
-        prompt=_grid(places < lengths[:, None], 0),
-        completion=_grid(read[:, :width], total),
+        prompt=_grid(places < lengths[:, None]),
+        completion=_grid(read[:, :width]),
         owner=owner,
         visible=_visible(lengths, owner, width),
     )
@@ -159,11 +153,11 @@ def distinct(ids: Int[Tensor, "row time"]) -> tuple[Int[Tensor, " prompt"], Int[
     return fresh.nonzero()[:, 0], fresh.long().cumsum(0) - 1
 
 
-def _grid(where: Tensor, start: int) -> Grid:
+def _grid(where: Tensor) -> Grid:
     token = torch.zeros(where.shape, dtype=torch.long, device=where.device)
     slot = where.reshape(-1).nonzero()[:, 0]
-    token.view(-1)[slot] = torch.arange(start, start + len(slot), device=where.device)
-    return Grid(token, slot, start)
+    token.view(-1)[slot] = torch.arange(len(slot), device=where.device)
+    return Grid(token, slot)
 
 
 def _visible(lengths: Tensor, owner: Tensor, width: int) -> Tensor:
@@ -187,11 +181,14 @@ def attend(
     Returns (1, token, head, dim).
     """
     prompt, completion = layout.prompt, layout.completion
-    shared_query, shared_key, shared_value = (prompt.lay_out(x) for x in (query, key, value))
+    counts = [len(prompt.slot), len(completion.slot)]
+    # One split of all tokens: its backward pass joins both gradients, where that of two slices would add two whole ones.
+    first, rest = zip(*(x[0].transpose(0, 1).split(counts) for x in (query, key, value)), strict=True)
+    shared_query, shared_key, shared_value = map(prompt.lay_out, first)
     output = _sdpa(shared_query, shared_key, shared_value, None, scale=scale, dropout=dropout)
     outputs = [prompt.collect(output)]
     if completion.token.numel():
-        own_query, own_key, own_value = (completion.lay_out(x) for x in (query, key, value))
+        own_query, own_key, own_value = map(completion.lay_out, rest)
         keys, values = (
             torch.cat([layout.shared(shared), own], dim=2)
             for shared, own in ((shared_key, own_key), (shared_value, own_value))
