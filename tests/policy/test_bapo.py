@@ -34,6 +34,7 @@ from uncollapse.policy.config.describe import describe
 from uncollapse.policy.entropy_mechanism import entropy_change_first_order
 from uncollapse.policy.recipe import Recipe
 from uncollapse.policy.registry import recipe
+from uncollapse.policy.stages.samplers import PlainSampler
 from uncollapse.policy.stages.surrogates import PPOClip
 from uncollapse.policy.stats import Logp
 
@@ -695,6 +696,18 @@ def test_it_is_written_in_yaml_and_combines() -> None:
     loss, gradient = loss_and_gradient(engine, made, batch, torch.arange(len(batch)).chunk(3))
     assert math.isfinite(loss)
     assert gradient.abs().sum() > 0
+
+
+def test_groups_of_one_teach_nothing_and_start_no_search() -> None:
+    made = replace(recipe("bapo"), name="alone", sampler=PlainSampler(samples=1))
+    engine, batch = prepared(made)
+    moved_on(engine.policy)
+    loss, gradient = loss_and_gradient(engine, made, batch, [torch.arange(len(batch))])
+    assert loss == 0.0
+    assert not gradient.any()
+    plan = decided(made, batch, engine)
+    assert plan.columns["own/surrogate/share"].unique().tolist() == [1.0]
+    assert not plan.columns["own/surrogate/steps"].any()
 
 
 def test_half_precision_is_searched_in_double() -> None:

@@ -75,6 +75,7 @@ def test_entropy_at_equal_success() -> None:
     levels = [q for q in experiment.LEVELS if q < 0.8 + 1e-9]
     by_hand = np.mean([entropy_at(run, q) - entropy_at(other, q) for q in levels])
     assert entropy_gap(run, other) == pytest.approx(by_hand)
+    assert np.isnan(entropy_gap(run, curve([0.1, 0.2], [2.0, 1.9])))
 
 
 def test_what_is_read_off_a_search() -> None:
@@ -90,6 +91,8 @@ def test_what_is_read_off_a_search() -> None:
     seen = search({"updates": updates}, updates=3)
     assert seen["shortfall"] == pytest.approx(0.0, abs=1e-12)
     assert seen["rises"] == pytest.approx(2 / 3)
+    assert seen["falls"] == pytest.approx(1 / 3)
+    assert seen["rescued"] == pytest.approx(2 / 3)
     assert seen["high-moves"] == 0.75
     assert seen["low-moves"] == 0.25
     assert seen["first-steps"] == 51

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARMS = ("on-policy", "clip", "clip-higher", "start", "wide", "end", "bapo", "bapo-gradient")
+_SETTINGS = ("bapo-readme", "bapo-released", "bapo-script")
 _RIVALS = ("on-policy", "clip-higher", "start", "wide", "end", "bapo-gradient")
 
 
@@ -27,11 +28,12 @@ def figure(measured: Measurements) -> Figure:
 
     canvas = Figure(figsize=(11, 7), layout="constrained")
     axes = canvas.subplots(2, 2)
-    for arm, looks in measured.details["looks"].items():
-        reward, entropy = (np.mean([look[name] for look in looks], axis=0) for name in ("reward", "entropy"))
+    last = len(measured.details["looks"]["clip"]["reward"])
+    for arm in ARMS:
+        looks = measured.details["looks"][arm]
         style = "-" if arm.startswith("bapo") else "--"
-        axes[0, 0].plot(reward, style, label=arm)
-        axes[0, 1].plot(reward, entropy, style, label=arm)
+        axes[0, 0].plot(looks["reward"][:last], style, label=arm)
+        axes[0, 1].plot(looks["reward"], looks["entropy"], style, label=arm)
     axes[0, 0].axvline(READ, color="grey", lw=0.8)
     axes[0, 0].set(title="success (grey: where it is compared)", xlabel="rollout batch", ylabel="success")
     axes[0, 0].legend(fontsize=8)
@@ -134,7 +136,7 @@ STUDY = Study(
     observations=(
         Observation(
             "arms",
-            f"Success after {READ} rollout batches and at the end, final entropy, largest gradient norm.",
+            f"Success after {READ} rollout batches and after as many updates, final entropy, largest gradient norm.",
             tuple(
                 f"unequal/{arm}/{name}"
                 for name in ("reward", "final-reward", "final-entropy", "norm-max")
@@ -161,12 +163,25 @@ STUDY = Study(
             ),
         ),
         Observation(
+            "other-settings",
+            "The settings of README, configuration and run script (the last two with dual clip) against the symmetric clip.",
+            tuple(
+                f"unequal/{arm}-minus-clip/{name}"
+                for name in ("reward", "entropy-at-reward")
+                for arm in _SETTINGS
+            ),
+        ),
+        Observation(
             "search",
-            "What the searches did: moves, bounds, shares (updates with r != 1); steps taken in vain at r = 1.",
+            "What the searches did (updates with r != 1): of those that moved a bound the parts that end with a larger share, "
+            "a smaller one, the target reached; moves, bounds, shares. And steps taken in vain at r = 1.",
             tuple(
                 f"unequal/{arm}/{name}"
                 for arm in ("bapo", "bapo-gradient")
                 for name in (
+                    "rises",
+                    "falls",
+                    "rescued",
                     "high-moves",
                     "low-moves",
                     "satisfied",

@@ -41,7 +41,10 @@ Curves = dict[str, list[float]]
 
 
 def arms() -> dict[str, Recipe]:
-    """The recipes compared; they differ in the clip alone. `start`, `end` and `wide` are fixed bounds out of BAPO's ranges."""
+    """The recipes compared; they differ in the clip alone.
+
+    `start`, `end` and `wide` are fixed bounds out of BAPO's ranges; the last three arms are the other published settings.
+    """
     bapo = replace(recipe("bapo"), sampler=PlainSampler(samples=SAMPLES))
 
     def fixed(name: str, low: float, high: float) -> Recipe:
@@ -56,6 +59,9 @@ def arms() -> dict[str, Recipe]:
         "end": fixed("end", 0.1, 2.0),
         "bapo": bapo,
         "bapo-gradient": replace(bapo, name="bapo-gradient", surrogate=recipe("bapo-gradient").surrogate),
+        "bapo-readme": replace(bapo, name="bapo-readme", surrogate=PRESETS["readme"]),
+        "bapo-released": replace(bapo, name="bapo-released", surrogate=PRESETS["yaml"]),
+        "bapo-script": replace(bapo, name="bapo-script", surrogate=PRESETS["script"]),
     }
 
 
@@ -170,14 +176,20 @@ def entropy_at(run: Mapping[str, Any], level: float) -> float:
 
 
 def entropy_gap(run: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """Entropy of `run` minus that of `other` at equal success: mean over the levels that both reach."""
-    return float(np.nanmean([entropy_at(run, level) - entropy_at(other, level) for level in LEVELS]))
+    """Entropy of `run` minus that of `other` at equal success: mean over the levels that both reach, NaN if there are none."""
+    gaps = np.asarray([entropy_at(run, level) - entropy_at(other, level) for level in LEVELS])
+    common = gaps[~np.isnan(gaps)]
+    return float(common.mean()) if common.size else float("nan")
 
 
 def search(
     run: Mapping[str, Any], *, target: float = PRESETS["paper"].target, updates: int = UPDATES
 ) -> dict[str, float]:
-    """What the search of one run did. But for `first-steps`, updates at ratio 1 do not count: there no bound matters."""
+    """What the search of one run did. But for `first-*`, updates at ratio 1 do not count: there no bound matters.
+
+    `rises`, `falls` and `rescued`: parts of the updates in which a bound moved that end with a larger share, with a
+    smaller one, with the target reached.
+    """
     seen = {name: np.asarray(values) for name, values in run["updates"].items()}
     later = np.arange(len(seen["norm"])) % updates > 0
     before, after = seen["bapo/share_before/mean"], seen["bapo/share_after/mean"]
@@ -185,9 +197,17 @@ def search(
     satisfied = seen["bapo/satisfied/frac"] == 1
     starts = {"low": PRESETS["paper"].low[0], "high": PRESETS["paper"].high[0]}
     above = {side: (seen[f"bapo/{side}/mean"] > start + 1e-9)[later] for side, start in starts.items()}
-    return {
+    change = (after - before)[moved]
+    part = {
+        name: float(np.mean(of)) if change.size else float("nan")
+        for name, of in (
+            ("rises", change > 0),
+            ("falls", change < 0),
+            ("rescued", satisfied[moved]),
+        )
+    }
+    return part | {
         "shortfall": float((after - target)[satisfied].min(initial=1.0)),
-        "rises": float((after > before)[moved].mean()) if moved.any() else float("nan"),
         "high-moves": float(above["high"].mean()),
         "low-moves": float(above["low"].mean()),
         "satisfied": float(satisfied[later].mean()),
@@ -305,7 +325,13 @@ def measure(quick: bool, trials: Trials) -> Measurements:
         f"rule/{key}": mean_over_seeds([r[key] for r in rule], range(size.rule_seeds)) for key in rule[0]
     }
     details = {
-        "looks": {arm: [run["looks"] for run in several] for arm, several in runs.items()},
+        "looks": {
+            arm: {
+                name: np.mean([run["looks"][name] for run in several], axis=0).tolist()
+                for name in ("reward", "entropy")
+            }
+            for arm, several in runs.items()
+        },
         "bounds": {
             arm: {
                 name: np.mean([run["updates"][f"bapo/{name}/mean"] for run in runs[arm]], axis=0).tolist()
@@ -318,7 +344,10 @@ def measure(quick: bool, trials: Trials) -> Measurements:
 
 
 def _unequal(made: Recipe, seed: int, size: Size) -> dict[str, Any]:
-    return train(made, unequal(seed), seed, size.rollouts, updates=1 if made.name == "on-policy" else UPDATES)
+    """One update per rollout batch for `on-policy`, and as many batches as the others make updates."""
+    if made.name == "on-policy":
+        return train(made, unequal(seed), seed, size.rollouts * UPDATES, updates=1)
+    return train(made, unequal(seed), seed, size.rollouts)
 
 
 def _equal(made: Recipe, seed: int, size: Size) -> dict[str, Any]:
@@ -328,7 +357,7 @@ def _equal(made: Recipe, seed: int, size: Size) -> dict[str, Any]:
 def _outcomes(
     runs: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int], read: int
 ) -> dict[str, Estimate]:
-    """Success after `read` rollout batches and at the end, largest gradient norm, and entropy at equal success."""
+    """Success after `read` rollout batches and at the end (the same number of updates), and entropy at equal success."""
     values = {
         arm: {
             "reward": [run["looks"]["reward"][read] for run in several],
