@@ -15,6 +15,7 @@ from uncollapse.policy.schedules import Schedule
 
 _ON_POLICY_INERT = {
     "kl-cov": "its penalty |logp - old_logp| and its gradient are 0 while the policy is the one that sampled",
+    "balanced-clip": "the ratio is 1, so no bound silences anything, whatever the search finds",
     "ppo-clip": "the ratio is 1, so its clip silences nothing",
     "sequence-clip": "the ratio is 1, so its clip silences nothing",
 }

@@ -147,7 +147,7 @@ def distinct_correct(
 class TablePolicy(nn.Module):
     """The table of logits as a module that an engine can train."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Float[Tensor, "..."]) -> None:
         super().__init__()
         self.table = nn.Parameter(table)
 
