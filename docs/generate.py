@@ -71,7 +71,7 @@ def effect(record: Mapping[str, Any], name: str) -> str:
 
 
 def results_table(argument: str | None) -> str:
-    """Every claim that was measured, for the README."""
+    """What became of the claims of every paper that was measured, for the README."""
     from uncollapse.catalogue import papers
 
     rows = []
@@ -79,13 +79,14 @@ def results_table(argument: str | None) -> str:
         page = f"docs/papers/{record['slug']}.md"
         name = record["slug"] if record["slug"] in papers() else f"{record['slug']} (not in the catalogue)"
         link = f"[{name}]({page})" if (ROOT / page).is_file() else name
-        for claim in record["claims"]:
-            rows.append(
-                (link, claim["id"], claim["paper_says"], claim["verdict"], effect(record, claim["effect"]))
-            )
+        by_verdict = [
+            ", ".join(claim["id"] for claim in record["claims"] if claim["verdict"] == verdict) or "-"
+            for verdict in ("reproduced", "not reproduced", "inconclusive")
+        ]
+        rows.append((link, *by_verdict))
     if not rows:
         return "No study has been run to the end yet."
-    return table(("paper", "claim", "the paper says", "verdict here", "effect [95% interval]"), rows)
+    return table(("paper", "claims reproduced here", "not reproduced", "inconclusive"), rows)
 
 
 def result_of(argument: str | None) -> str:
