@@ -125,6 +125,6 @@ def left_pad(
     return ids, attention, (attention.cumsum(1) - 1).clamp(min=0)
 
 
-def expected_tokens(originals: int, branches: int, length: float, cut: float) -> float:
+def expected_tokens(originals: int, branches: int, length: float | int, cut: float | int) -> float:
     """Tokens generated for one group: originals x length + originals x branches x (length - mean cut)."""
     return originals * length + originals * branches * (length - cut)
