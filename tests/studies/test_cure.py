@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def test_distinct_right_answers_and_the_bias_of_a_fixed_cut(monkeypatch: pytest.
     assert abs(bias) < 0.1
     monkeypatch.setattr(CureSampler, "cuts", lambda self, batch: torch.ones(len(batch), dtype=torch.long))
     assert abs(selection_bias(TASK, policy.table.detach(), 0, samples=4000)) < 0.01
+
+
+def test_entropy_at_a_reward_is_interpolated_where_the_reward_first_gets_there() -> None:
+    run = {"reward": [0.1, 0.5, 0.7, 0.6, 0.9], "entropy": [2.0, 1.5, 1.0, 0.9, 0.5]}
+    assert experiment.entropy_at(run, 0.6) == pytest.approx(1.25)
+    assert experiment.entropy_at(run, 0.9) == pytest.approx(0.5)
+    assert math.isnan(experiment.entropy_at(run, 0.95))
 
 
 def test_a_model_s_branches_continue_its_answers() -> None:

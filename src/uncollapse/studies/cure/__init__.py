@@ -114,7 +114,7 @@ STUDY = Study(
         ),
         Observation(
             "control-size",
-            "DAPO with groups of 10 independent answers (about the tokens of CURE's 16) and of 4 (its originals).",
+            "DAPO with groups of 11 independent answers (about the tokens of CURE's 16) and of 4 (its originals).",
             _differences(
                 "dapo-same-tokens-minus-dapo", "cure-minus-dapo-same-tokens", "dapo-originals-minus-dapo"
             ),
@@ -123,6 +123,19 @@ STUDY = Study(
             "family-baseline",
             "Branches compared with their family instead of the whole group.",
             _differences("family-baseline-minus-dapo", "cure-minus-family-baseline"),
+        ),
+        Observation(
+            "same-reward",
+            "Entropy when the reward first reaches 0.9: whether CURE keeps entropy beyond learning more slowly.",
+            tuple(
+                f"modsum/{pair}/entropy-at-same-reward"
+                for pair in (
+                    "cure-minus-dapo",
+                    "mask-only-minus-dapo",
+                    "random-minus-dapo",
+                    "cure-minus-dapo-same-tokens",
+                )
+            ),
         ),
         Observation(
             "early",

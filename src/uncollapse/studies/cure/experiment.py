@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,8 +30,10 @@ from uncollapse.studies.testbeds.training import MINIBATCHES
 
 K = 2
 """Of the five positions that can be cut. The paper's 20 of about a thousand tokens is a smaller share."""
-SAME_TOKENS = 10
+SAME_TOKENS = 11
 """Independent answers per prompt that take as many tokens as CURE's group of 16 (calibrated, see the study)."""
+SAME_REWARD = 0.9
+"""Where entropies are compared at the same reward: keeping entropy by learning more slowly is no art."""
 EVERY = 5
 """Steps between two looks at the policy."""
 _EXAMINATION = 1_000_000
@@ -171,6 +174,15 @@ def distinct_right(lab: ModSumLab, policy: TablePolicy, task: ModSum, seed: int,
     return len(answers.unique(dim=0)) / task.prompts
 
 
+def entropy_at(run: Mapping[str, Sequence[float]], reward: float) -> float:
+    """Entropy when the reward first reaches `reward`, interpolated between looks; NaN if it never does."""
+    past = next((i for i, value in enumerate(run["reward"]) if value >= reward), 0)
+    if past == 0:
+        return math.nan
+    share = (reward - run["reward"][past - 1]) / (run["reward"][past] - run["reward"][past - 1])
+    return run["entropy"][past - 1] + share * (run["entropy"][past] - run["entropy"][past - 1])
+
+
 @torch.no_grad()
 def selection_bias(task: ModSum, table: Tensor, seed: int, samples: int = 1024) -> float:
     """Mean value of the prefixes that CURE cuts, minus the value of the prompt; values are exact (modsum's).
@@ -245,6 +257,7 @@ def _branching(
         found[name] = {key: [run["ends"][str(end)][key] for run in arm] for key in _END}
         found[name]["early-reward"] = [run["ends"][str(middle)]["reward"] for run in arm]
         found[name]["early-entropy"] = [run["ends"][str(middle)]["entropy"] for run in arm]
+        found[name]["entropy-at-same-reward"] = [entropy_at(run, SAME_REWARD) for run in arm]
         for key, values in found[name].items():
             estimates[f"modsum/{name}/{key}"] = mean_over_seeds(values, seeds)
     pairs = [(name, "dapo") for name in several if name != "dapo"]
