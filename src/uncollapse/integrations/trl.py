@@ -42,6 +42,7 @@ from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
 from uncollapse.policy.metrics import rollout_metrics, rollout_stats
+from uncollapse.policy.protocols import OfVocabulary
 from uncollapse.policy.recipe import LossReport, Recipe
 from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
 from uncollapse.policy.stats import Logp, Measured
@@ -97,6 +98,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         super().__init__(model, reward_funcs, settings, *more, **options)
         if _samples_in_rounds(self.recipe):
             self._refuse_other_generation()
+        if isinstance(self.recipe.sampler, OfVocabulary):
+            self._show_vocabulary(self.recipe.sampler)
         self.beta = settings.beta = 0.0
         self._reads_reference = reference
         if self.aux_loss_enabled or getattr(self, "_is_vlm", False):
@@ -119,6 +122,11 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._buffered_inputs: list[dict[str, Any]] | None = None
         self._rollout: Batch | None = None
         self._window: Batch | None = None
+
+    def _show_vocabulary(self, sampler: OfVocabulary) -> None:
+        decoded = self._tokenizer.batch_decode([[token] for token in range(len(self._tokenizer))])
+        seeing = sampler.for_vocabulary(decoded, self._tokenizer.all_special_ids)
+        self.recipe = replace(self.recipe, sampler=seeing)
 
     @property
     def shares_prompts(self) -> bool:
@@ -303,6 +311,11 @@ class GRPOTrainer(trl.GRPOTrainer):
             raise ConfigError(
                 f"the sampler {name} continues answers or changes the temperature, which works with generation by "
                 "transformers only; turn vLLM, continuous batching, tools and rollout functions off"
+            )
+        if "fresh_prompts" in self.recipe.sampler.needs and self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"the sampler {name} asks for fresh prompts, which processes would not do equally often; "
+                "leave that out (rounds: 1) or use one process"
             )
         if self.args.per_device_train_batch_size * self.args.steps_per_generation % self.num_generations:
             raise ConfigError(

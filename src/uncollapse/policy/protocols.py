@@ -7,7 +7,7 @@ it. That is why a loss does not depend on how its rows are split into micro-batc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float
@@ -169,6 +169,15 @@ class Sampler(Stage, Protocol):
 
     def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
         """Rows with `uid`, `group` and `reward`."""
+        ...
+
+
+@runtime_checkable
+class OfVocabulary(Sampler, Protocol):
+    """A sampler that looks at what tokens say."""
+
+    def for_vocabulary(self, decoded: Sequence[str], special: Iterable[int]) -> Sampler:
+        """The sampler for a vocabulary: the text of every token id, and the ids of end of text, padding and the like."""
         ...
 
 
