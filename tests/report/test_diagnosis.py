@@ -139,8 +139,8 @@ def test_answers_of_a_dump_are_coloured_by_predicted_change_and_escaped() -> Non
     assert "lowers 0." in page
     assert "raises 0." in page
     assert 'title="probable rewarded: lowers entropy' in page
-    assert 'class="tok k-4"' in page
-    assert 'class="tok k4"' in page
+    assert 'class="tok k-3"' in page
+    assert 'class="tok k3"' in page
     assert "data-h=" not in page
     assert "answer 0 of step 7 \u00b7 mean entropy" in page
     assert "1.20 nats" in page

@@ -61,10 +61,10 @@ TERMS = (
     Term("steer/weight/mean", "Mean weight (STEER)", "", "Mean factor that STEER puts on a token's loss; 1 holds nothing back."),
     Term("steer/damped/frac", "Held back by STEER", "share of tokens",
          "Tokens whose weight is more than 1 % below the largest possible. Near zero means that a few outliers set the scale."),
-    Term("steer/change/mean", "Predicted entropy change", "advantage \u00d7 nats",
+    Term("steer/change/mean", "Predicted change", "advantage \u00d7 nats",
          "What a small step on one token is predicted to do to the entropy of its state, averaged over tokens; negative: it falls. "
          "STEER's released estimator has not the scale of a real change: compare signs and trends."),
-    Term("steer/change/abs", "Predicted change, size", "advantage \u00d7 nats", "The same without its sign: how much tokens move entropy at all."),
+    Term("steer/change/abs", "Predicted change (size)", "advantage \u00d7 nats", "The same without its sign: how much tokens move entropy at all."),
     Term("kl/old/k3", "Distance of a step", "nats",
          "KL divergence from the policy that sampled to the one being trained, estimated without bias and never negative (k3)."),
     Term("kl/ref/mean", "Distance from the start", "nats",
