@@ -11,9 +11,9 @@ Differs from the paper / the official code:
 - The largest |Omega| is that of all tokens of the optimiser step. The released code takes it within each micro-batch, so
   that the method changes with the split; recipe `steer-released` does so too, for parity, and is marked split-dependent.
 - `w_min` is 0.7, the paper's; the released script has 0.8, and so has `steer-released`.
-- The estimator is the released one by default, for parity. Better and as cheap: `theorem`, which is what the paper derives
-  for one sampled token; `exact` needs one more statistic per token. The released one lacks a factor p: one rare token sets
-  the scale for all others.
+- The estimator is the released one by default, for parity. It lacks a factor p, so that one rare token sets the scale for all
+  others. `theorem` is what the paper derives for one sampled token, at the same cost; `exact`, the derivative itself, needs
+  one more statistic per token and was the best of the three in our study.
 - Options that the paper has not, off by default: `quantile` (the scale is a quantile instead of the maximum, which one
   outlier decides), `respect_clip` (tokens that the clip has silenced count as Omega = 0, as in the paper's theorem but
   not in its code), `length_norm` (1 / length of the group, as in the theorem).
