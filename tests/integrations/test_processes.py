@@ -18,7 +18,9 @@ from uncollapse.policy.registry import recipes
 from uncollapse.policy.stages.samplers import DynamicSampler
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-NAMES = [name for name, made in recipes().items() if not made.refusals(offers.TRL)]
+NAMES = [
+    name for name, made in recipes().items() if not made.refusals(offers.TRL) and not made.split_dependent
+]
 
 
 def train(folder: Path, processes: int) -> dict:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from uncollapse.diagnose.attribution import attribute
 from uncollapse.diagnose.diagnosis import diagnose
 from uncollapse.diagnose.log import Log, Note
 from uncollapse.errors import DataError
@@ -15,6 +16,7 @@ from uncollapse.report import diagnosis
 from uncollapse.report.palette import LIGHT
 from uncollapse.report.phases import COLOUR
 from uncollapse.studies.testbeds import logs
+from uncollapse.token_dump import Tokens
 
 HOSTILE = '<img src=x onerror="window.pwned=1"></div><script>window.pwned=2</script>'
 
@@ -121,3 +123,27 @@ def test_written_pages_are_the_rendered_ones(tmp_path) -> None:
 def test_every_state_has_a_colour_of_the_palette() -> None:
     assert set(COLOUR.values()) <= set(LIGHT)
     assert len(set(COLOUR.values())) == len(COLOUR)
+
+
+def test_answers_of_a_dump_are_coloured_by_predicted_change_and_escaped() -> None:
+    columns = {
+        "token": np.arange(4), "uid": np.zeros(4, int), "position": np.arange(4),
+        "old_logp": np.log([0.6, 0.6, 0.1, 0.1]), "logp": np.full(4, np.nan), "entropy": np.full(4, 1.2),
+        "advantage": np.array([1.0, -1.0, 1.0, -1.0]), "reward": np.ones(4), "mask": np.ones(4, bool),
+        "text": np.array(["the", HOSTILE, "cat", "sat"], dtype=object),
+    }  # fmt: skip
+    account = attribute([Tokens(7, columns)])
+    page = diagnosis.render([diagnose(logs.make("collapsing-late", 1).log)], account)
+    assert HOSTILE not in page
+    assert "Token by token" in page
+    assert "lowers 0." in page
+    assert "raises 0." in page
+    assert 'title="probable rewarded: lowers entropy' in page
+    assert 'class="tok k-3"' in page
+    assert 'class="tok k3"' in page
+    assert "data-h=" not in page
+    assert "answer 0 of step 7 \u00b7 mean entropy" in page
+    assert "1.20 nats" in page
+    assert "Predicted entropy change of a token" in page
+    without = attribute([Tokens(7, columns | {"entropy": np.full(4, np.nan)})])
+    assert "Token by token" not in diagnosis.render([diagnose(logs.make("collapsing-late", 1).log)], without)

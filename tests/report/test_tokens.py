@@ -3,11 +3,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uncollapse.report.tokens import full_scale, shade, token_view
+from uncollapse.diagnose.attribution import attribute
+from uncollapse.report.tokens import full_scale, predicted_view, shade, token_view
+from uncollapse.token_dump import Tokens
 
 
 def record(step: int, entropy: list[Any], tokens: list[str] | None = None, **more: Any) -> dict[str, Any]:
@@ -96,3 +99,46 @@ def test_the_scale_is_a_round_number_no_smaller_than_the_typical_change(changes:
     scale = full_scale([record(0, [0.0] * len(changes)), record(1, changes)])
     assert scale >= 0.0999
     assert float(f"{scale:.2g}") == pytest.approx(scale)
+
+
+def dumped(**given: Any) -> Tokens:
+    """One answer of five tokens: one of each quadrant, and one that is not trained on."""
+    columns = {
+        "token": np.arange(5),
+        "uid": np.full(5, 8),
+        "position": np.arange(5),
+        "old_logp": np.log([0.6, 0.6, 0.1, 0.1, 0.5]),
+        "logp": np.full(5, np.nan),
+        "advantage": np.array([1.0, -1.0, 1.0, -1.0, 1.0]),
+        "entropy": np.full(5, 1.2),
+        "reward": np.ones(5),
+        "mask": np.array([True, True, True, True, False]),
+        "text": np.array(["the", " cat", "\n", "<b>", ""], dtype=object),
+        **given,
+    }
+    return Tokens(3, columns)
+
+
+def test_predicted_changes_are_coloured_by_their_quadrant() -> None:
+    account = attribute([dumped()])
+    view = predicted_view(account.answers, account.predicted)
+    assert view is not None
+    (probe,) = view.probes
+    shades = [token.shade for token in probe.tokens]
+    assert shades[0] == -shades[1] <= -3
+    assert shades[2] == -shades[3] > 0
+    assert shades[4] == 0
+    assert probe.tokens[0].tip.startswith("probable rewarded: lowers entropy (\u22120.165 advantage")
+    assert probe.tokens[2].tip.startswith("rare rewarded: raises entropy (")
+    assert probe.tokens[4].tip == "not trained on, or not measured"
+    assert [token.text for token in probe.tokens] == ["the", " cat", "\u23ce\n", "<b>", "\u2205"]
+    assert "probable rewarded 31" in view.sentence
+    assert (view.unit, view.ends) == ("advantage \u00d7 nats", ("lowers", "raises"))
+    assert (probe.name, probe.reward, probe.steps) == ("8 of step 3", 1.0, (3,))
+    assert all(token.entropy == "" for token in probe.tokens)
+
+
+def test_nothing_is_predicted_without_entropies_or_advantages() -> None:
+    for given_ in ({"entropy": np.full(5, np.nan)}, {"advantage": np.zeros(5)}):
+        account = attribute([dumped(**given_)])
+        assert predicted_view(account.answers, account.predicted) is None

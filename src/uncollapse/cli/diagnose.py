@@ -142,6 +142,7 @@ def _plain(found: Attribution) -> dict[str, Any]:
         "drive": found.drive,
         "shares": {f"{fraction:g}": share for fraction, share in zip(FRACTIONS, found.shares, strict=True)},
         "quadrants": {name: asdict(one) for name, one in found.quadrants.items()},
+        "predicted": {name: asdict(one) for name, one in found.predicted.items()},
         "spenders": [_finite(asdict(one)) for one in found.spenders],
         "keepers": [_finite(asdict(one)) for one in found.keepers],
     }

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from uncollapse.diagnose.predicted import Answer, predict, tell
 from uncollapse.errors import DataError
 from uncollapse.token_dump import Tokens, read_dump
 
@@ -77,6 +78,9 @@ class Attribution:
         positions: drive added up by place in the answer; `position_tokens`, how many tokens stand there.
         shares: of the positive covariance of the whole dump, carried by each of `FRACTIONS` of its tokens.
         top_tokens: how many tokens these fractions are.
+        predicted: by `QUADRANTS`, but against the entropy of the token's own state: how many tokens, and their predicted
+            change of that entropy, a mean over each step's tokens, added up; empty if the dump has no entropies.
+        answers: some answers of the last step, to be read token by token.
     """
 
     steps: tuple[StepDrive, ...]
@@ -87,6 +91,8 @@ class Attribution:
     position_tokens: Int[np.ndarray, " time"]
     shares: tuple[float, ...]
     top_tokens: tuple[int, ...]
+    predicted: dict[str, Drive] = field(default_factory=dict)
+    answers: tuple[Answer, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -142,6 +148,8 @@ class _Account:
         self.positions = np.zeros(0)
         self.position_tokens = np.zeros(0, dtype=np.int64)
         self.covariances: list[Float[np.ndarray, " token"]] = []
+        self.predicted = {name: [0, 0.0] for name in QUADRANTS}
+        self.last: Tokens | None = None
 
     def add(self, tokens: Tokens) -> None:
         """Account for one step."""
@@ -160,6 +168,8 @@ class _Account:
         self._by_token(tokens, used, np.stack([np.ones_like(drive), drive, entropy, logp, advantage]))
         self._by_quadrant(logp, advantage, drive)
         self._by_position(tokens.integer("position")[used], drive)
+        self._predict(tokens)
+        self.last = tokens
 
     def _by_token(self, tokens: Tokens, used: Bool[np.ndarray, " token"], quantities: np.ndarray) -> None:
         ids, first, place = np.unique(tokens.integer("token")[used], return_index=True, return_inverse=True)
@@ -178,6 +188,14 @@ class _Account:
             self.quadrants[name][0] += int(chosen.sum())
             self.quadrants[name][1] += float(drive[chosen].sum())
 
+    def _predict(self, tokens: Tokens) -> None:
+        found = predict(tokens)
+        count = max(int(found.known.sum()), 1)
+        for number, name in enumerate(QUADRANTS):
+            chosen = found.quadrant == number
+            self.predicted[name][0] += int(chosen.sum())
+            self.predicted[name][1] += float(found.change[chosen].sum()) / count
+
     def _by_position(self, position: np.ndarray, drive: np.ndarray) -> None:
         kept = (position >= 0) & (position < POSITIONS)
         position, drive = position[kept], drive[kept]
@@ -187,6 +205,7 @@ class _Account:
 
     def closed(self, top: int) -> Attribution:
         """The account of all steps."""
+        assert self.last is not None
         every = np.concatenate(self.covariances)
         shares, counts = _shares(every)
         ranked = np.argsort(self.ids.sums[1], kind="stable").tolist()
@@ -195,13 +214,13 @@ class _Account:
             steps=tuple(self.steps),
             spenders=tuple(self._token(i) for i in ranked[:top] if drives[i] < 0),
             keepers=tuple(self._token(i) for i in ranked[::-1][:top] if drives[i] > 0),
-            quadrants={
-                name: Drive(int(count), float(drive)) for name, (count, drive) in self.quadrants.items()
-            },
+            quadrants=_drives(self.quadrants),
             positions=self.positions,
             position_tokens=self.position_tokens,
             shares=shares,
             top_tokens=counts,
+            predicted=_drives(self.predicted) if any(n for n, _ in self.predicted.values()) else {},
+            answers=tell(self.last),
         )
 
     def _token(self, number: int) -> TokenDrive:
@@ -210,6 +229,10 @@ class _Account:
         token = list(self.names)[number]
         means = (entropy / count, logp / count, advantage / count)
         return TokenDrive(token, self.ids.text.get(number, ""), int(count), drive, *means)
+
+
+def _drives(sums: dict[str, list]) -> dict[str, Drive]:
+    return {name: Drive(int(count), float(drive)) for name, (count, drive) in sums.items()}
 
 
 def _profile(

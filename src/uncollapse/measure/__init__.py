@@ -11,6 +11,14 @@ from typing import Any
 
 _HOME = {
     "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),
+    "entropy_change": (
+        "EntropyQuadrants",
+        "collision_term",
+        "compare_estimators",
+        "entropy_quadrants",
+        "exact_entropy_change",
+        "token_entropy_change",
+    ),
     "entropy_law": ("EntropyLaw", "compare_laws", "fit_entropy_law", "fit_straight_line"),
     "token_stats": ("token_stats_from_logits",),
     "statistics": (

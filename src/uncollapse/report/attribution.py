@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 
 from uncollapse.diagnose.attribution import FRACTIONS, Attribution, TokenDrive
 from uncollapse.report import figures
-from uncollapse.report.blocks import Block, Section, TableBlock, TextBlock, figure
+from uncollapse.report.blocks import Block, Section, TableBlock, TextBlock, TokensBlock, figure
 from uncollapse.report.palette import SERIES
 from uncollapse.report.series import Curve, Estimate
+from uncollapse.report.tokens import predicted_view
 from uncollapse.report.words import level, number, percent
 
 _LISTED = 12
@@ -34,6 +35,9 @@ def section(found: Attribution) -> Section:
     for tokens, title in ((found.spenders, "spent most"), (found.keepers, "kept most")):
         if tokens:
             blocks.append(_table(tokens[:_LISTED], title))
+    view = predicted_view(found.answers, found.predicted)
+    if view is not None:
+        blocks.append(TokensBlock(view, "Token by token"))
     blocks.append(
         TextBlock(
             "First order: exact for a tabular policy and one small step. A network shares its parameters between tokens, and clipping "

@@ -58,6 +58,13 @@ TERMS = (
          "Tokens with high covariance whose gradient Clip-Cov removed."),
     Term("kl_cov/penalised/frac", "Penalised by KL-Cov", "share of tokens", "Tokens with the largest covariance, held back by KL-Cov."),
     Term("kl_cov/penalty/mean", "Penalty of KL-Cov", "nats", "Mean distance from the old policy at the penalised tokens."),
+    Term("steer/weight/mean", "Mean weight (STEER)", "", "Mean factor that STEER puts on a token's loss; 1 holds nothing back."),
+    Term("steer/damped/frac", "Held back by STEER", "share of tokens",
+         "Tokens whose weight is more than 1 % below the largest possible. Near zero means that a few outliers set the scale."),
+    Term("steer/change/mean", "Predicted change", "advantage \u00d7 nats",
+         "What a small step on one token is predicted to do to the entropy of its state, averaged over tokens; negative: it falls. "
+         "STEER's released estimator has not the scale of a real change: compare signs and trends."),
+    Term("steer/change/abs", "Predicted change (size)", "advantage \u00d7 nats", "The same without its sign: how much tokens move entropy at all."),
     Term("kl/old/k3", "Distance of a step", "nats",
          "KL divergence from the policy that sampled to the one being trained, estimated without bias and never negative (k3)."),
     Term("kl/ref/mean", "Distance from the start", "nats",
@@ -91,6 +98,10 @@ CONCEPTS = (
          "one with the lower AIC fits better; differences below 2 decide nothing."),
     Term("", "Entropy change of a token", "",
          "The same text is scored again during training: the change is that of the model, not that of the text."),
+    Term("", "Predicted entropy change of a token", "",
+         "What a small step would do to the entropy of the token's own state if its logit alone moved: "
+         "\u2212A\u00b7p\u00b7(1 \u2212 p)\u00b7(log p + H), in advantage \u00d7 nats (Hao et al. 2025, arXiv 2510.10150). Probable means a surprisal below "
+         "the entropy H of that state."),
 )  # fmt: skip
 
 

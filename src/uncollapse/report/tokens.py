@@ -1,15 +1,17 @@
-"""Where in the text entropy was lost: the same completions scored at several steps, token by token."""
+"""Tokens coloured by entropy: lost or gained between two scorings, or predicted to be lost or gained in a step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from uncollapse.report.words import level, percent
+from uncollapse.diagnose.attribution import QUADRANTS, Drive
+from uncollapse.diagnose.predicted import Answer
+from uncollapse.report.words import level, number, percent
 
 STRENGTHS = 4
 """Colour steps on each side of the diverging scale."""
@@ -17,13 +19,16 @@ STRENGTHS = 4
 
 @dataclass(frozen=True)
 class Token:
-    """One token: its text, `shade` from -4 (lost) to 4 (gained), the tooltip, and its entropies and logps by step."""
+    """One token: its text, `shade` from -4 (lost) to 4 (gained), the tooltip, and its entropies and logps by step.
+
+    Without entropies by step there is nothing to replay: the shade and the tooltip stay as they are.
+    """
 
     text: str
     shade: int
     tip: str
-    entropy: str
-    logp: str
+    entropy: str = ""
+    logp: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class TokenView:
-    """What the section on tokens shows: the probes, the full scale in nats, and where the loss is concentrated."""
+    """Coloured answers: the probes, the full scale with its unit and what its ends mean, and the gist in a sentence."""
 
     probes: tuple[Probe, ...]
     scale: float
     sentence: str
+    unit: str = "nats"
+    ends: tuple[str, str] = ("lost", "gained")
 
     @property
     def short(self) -> bool:
@@ -69,6 +76,19 @@ def token_view(records: Sequence[dict[str, Any]], scale: float, *, most: int = 6
     known = change[np.isfinite(change)]
     probes = tuple(_probe(group, scored, scale) for group, scored in series[:most])
     return TokenView(probes, scale, _concentration(known))
+
+
+def predicted_view(answers: Sequence[Answer], quadrants: Mapping[str, Drive]) -> TokenView | None:
+    """Answers of a token dump, coloured by the change that a small step is predicted to make; None without answers.
+
+    `quadrants` are those of the same account, see `uncollapse.diagnose.attribution.Attribution.predicted`.
+    """
+    if not answers:
+        return None
+    known = np.concatenate([np.abs(one.changes.change[one.changes.known]) for one in answers])
+    scale = _round_up(float(np.quantile(known, 0.9)) if known.size else 0.0, least=0.001)
+    probes = tuple(_predicted_probe(one, scale) for one in answers)
+    return TokenView(probes, scale, _quadrants(quadrants), "advantage \u00d7 nats", ("lowers", "raises"))
 
 
 def shade(change: float, scale: float) -> int:
@@ -130,6 +150,45 @@ def _token(text: str, entropy: np.ndarray, logp: np.ndarray, steps: tuple[int, .
     return Token(_visible(text), shade(change, scale), "\n".join(lines), _csv(entropy), _csv(logp))
 
 
+def _predicted_probe(answer: Answer, scale: float) -> Probe:
+    tokens = tuple(
+        Token(_visible(text), shade(float(answer.changes.change[i]), scale), _reason(answer, i))
+        for i, text in enumerate(answer.texts)
+    )
+    shown = "" if len(answer.texts) == answer.length else f", its first {len(answer.texts)} tokens"
+    mean = _mean(answer.entropy)
+    reward = answer.reward if math.isfinite(answer.reward) else None
+    name = f"{answer.uid} of step {answer.step}{shown}"
+    return Probe(name, "", tokens, (answer.step,), mean, mean, reward)
+
+
+def _reason(answer: Answer, i: int) -> str:
+    """Why a token is predicted to move entropy: its quadrant, and the numbers."""
+    change, quadrant = float(answer.changes.change[i]), int(answer.changes.quadrant[i])
+    if not math.isfinite(change):
+        return "not trained on, or not measured"
+    kind = QUADRANTS[quadrant] if quadrant >= 0 else "neither"
+    way = {True: "lowers", False: "raises"}[change < 0] if change else "leaves"
+    return "\n".join(
+        (
+            f"{kind}: {way} entropy ({number(change)} advantage \u00d7 nats)",
+            f"entropy {_value(answer.entropy[i])} nats, log-probability {_value(answer.logp[i])} nats",
+            f"advantage {_value(answer.advantage[i])}",
+        )
+    )
+
+
+def _quadrants(found: Mapping[str, Drive]) -> str:
+    total = sum(abs(one.drive) for one in found.values())
+    if not total:
+        return "No token is predicted to change entropy."
+    parts = (f"{name} {percent(abs(one.drive) / total)}" for name, one in found.items())
+    return (
+        "What a small step would do to the entropy at each token. Rewarding a probable token or punishing a rare one lowers it; "
+        f"rewarding a rare or punishing a probable one raises it. Shares of the change: {', '.join(parts)}."
+    )
+
+
 def _visible(text: str) -> str:
     """A token of nothing but line breaks or nothing at all would leave nothing to colour or point at."""
     if not text:
@@ -169,9 +228,9 @@ def _csv(values: np.ndarray) -> str:
     return ",".join(f"{v:.3f}" if math.isfinite(v) else "" for v in values.tolist())
 
 
-def _round_up(value: float) -> float:
-    """The next number with few digits, for a scale that people can read; 0.1 at least."""
-    floor = max(value, 0.1)
+def _round_up(value: float, least: float = 0.1) -> float:
+    """The next number with few digits, for a scale that people can read."""
+    floor = max(value, least)
     power = 10.0 ** math.floor(math.log10(floor))
     return next(
         step * power

@@ -27,8 +27,8 @@ from uncollapse.policy.stats import Entropy, Logp
 from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
 
 PROMPTS, SAMPLES, RATE = [3, 0, 4, 1], 4, 0.7
-RUNS = [name for name, made in recipes().items() if not refusals(made)["engine"]]
-REFUSED = [name for name in recipes() if name not in RUNS]
+RUNS = [name for name, made in recipes().items() if not refusals(made)["engine"] and not made.split_dependent]
+REFUSED = [name for name, made in recipes().items() if refusals(made)["engine"]]
 
 
 def method(name):

@@ -82,12 +82,18 @@
     const answer = probe.querySelector(".answer");
     const steps = probe.dataset.steps.split(","), scale = Number(probe.dataset.scale);
     const tokens = [...answer.children].map((node) => {
+      const told = node.title;
       node.removeAttribute("title"); // the tooltip below takes over
+      if (!("h" in node.dataset)) return { node, told, colour: node.className }; // a prediction: nothing to replay
       return { node, h: numbers(node.dataset.h), p: numbers(node.dataset.p) };
     });
     let now = steps.length - 1;
     let active = -1;
     const describe = (t) => {
+      if (t.told !== undefined) {
+        const [first, ...rest] = t.told.split("\n");
+        return [bold(first), ...rest.map((line) => `\n${line}`)];
+      }
       const lines = [bold(`entropy ${two(t.h[0])} \u2192 ${two(t.h[now])} nats`)];
       if (!Number.isNaN(t.p[now])) lines.push(`\nlog-probability ${two(t.p[0])} \u2192 ${two(t.p[now])} nats`);
       lines.push(`\nstep ${steps[0]} \u2192 ${steps[now]}`);
@@ -96,6 +102,10 @@
     function paint() {
       let before = 0, after = 0, known = 0;
       for (const t of tokens) {
+        if (t.told !== undefined) {
+          t.node.className = t.colour;
+          continue;
+        }
         const change = t.h[now] - t.h[0];
         const size = Number.isNaN(change) ? 0 : Math.min(4, Math.floor(Math.abs(change) / scale * 4 + 0.5));
         t.node.className = `tok k${change > 0 || !size ? size : -size}`;
