@@ -203,3 +203,17 @@ def test_options_out_of_range_are_refused(build, message):
 
 def test_clock_defaults():
     assert Clock() == Clock(step=0, total=None, seed=0, update=0)
+
+
+@pytest.mark.parametrize("surrogate", [Unclipped(), PPOClip(), PPOClip(dual=3.0), ClippedWeight()])
+@pytest.mark.parametrize("far", [200.0, -200.0])
+def test_ratios_beyond_all_floats_have_finite_gradients(surrogate, far):
+    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    batch = Batch(
+        uid=torch.arange(1),
+        mask=torch.ones(1, 2, dtype=torch.bool),
+        columns={"old_logp": logp.detach() - far, "advantage": torch.tensor([[1.0, -1.0]])},
+        stats={Logp("now"): logp},
+    )
+    surrogate(batch, {}).sum().backward()
+    assert torch.isfinite(logp.grad).all()

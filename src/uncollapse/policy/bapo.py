@@ -48,7 +48,7 @@ from uncollapse.policy.config.names import register_stage
 from uncollapse.policy.protocols import Metrics, Needs, Scope
 from uncollapse.policy.recipe import register
 from uncollapse.policy.reduction import Mean
-from uncollapse.policy.stages.surrogates import log_ratio
+from uncollapse.policy.stages.surrogates import ratio_of
 from uncollapse.policy.stats import Logp
 
 __all__ = [
@@ -71,9 +71,6 @@ Aggregation: TypeAlias = Literal["token-mean", "seq-mean-token-mean"]
 
 TOLERANCE = 1e-9
 """How far below its target, relatively, a share counts as having reached it: rounding is no imbalance."""
-
-_FARTHEST = 20.0
-"""Largest |log ratio|, as in verl: keeps exp finite."""
 
 
 class ClipBounds(NamedTuple):
@@ -384,7 +381,7 @@ class BalancedClip:
     def decide(self, batch: Batch) -> Columns:
         """The bounds and what the search found, as numbers."""
         found = balanced_clip_bounds(
-            _ratio(batch),
+            ratio_of(batch),
             batch.advantage,
             batch.mask,
             target=self.target,
@@ -398,11 +395,11 @@ class BalancedClip:
 
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss."""
-        return _token_loss(_ratio(batch), batch.advantage, own["low"], own["high"], self.dual)
+        return _token_loss(ratio_of(batch), batch.advantage, own["low"], own["high"], self.dual)
 
     def clipped(self, batch: Batch, own: Columns) -> TokenMask:
         """Tokens that the clip, single or dual, has silenced."""
-        free, bounded = _both(_ratio(batch), batch.advantage, own["low"], own["high"])
+        free, bounded = _both(ratio_of(batch), batch.advantage, own["low"], own["high"])
         silenced = bounded > free
         if self.dual is None:
             return silenced
@@ -427,10 +424,6 @@ _METRICS = {
     "bapo/steps/mean": "steps",
     "bapo/satisfied/frac": "satisfied",
 }
-
-
-def _ratio(batch: Batch) -> TokenMap:
-    return log_ratio(batch).clamp(-_FARTHEST, _FARTHEST).exp()
 
 
 _RELEASED = BalancedClip(

@@ -12,12 +12,21 @@ from uncollapse.policy.batch import Batch, Columns, TokenMap, TokenMask
 from uncollapse.policy.protocols import Needs
 from uncollapse.policy.stats import Logp
 
+FARTHEST = 20.0
+"""Largest |log ratio| that enters a ratio."""
+
 _READS: Needs = frozenset({"old_logp", "advantage", Logp("now")})
 
 
 def log_ratio(batch: Batch) -> TokenMap:
     """log pi - log pi_old of the sampled token."""
     return batch.stats[Logp("now")] - batch.old_logp
+
+
+def ratio_of(batch: Batch) -> TokenMap:
+    """pi / pi_old of the sampled token; its logarithm is bounded at +-20, as in verl, since an infinite ratio that the clip
+    silences would still have the gradient 0 x inf."""
+    return log_ratio(batch).clamp(-FARTHEST, FARTHEST).exp()
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Unclipped:
 
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss."""
-        return -batch.advantage * log_ratio(batch).exp()
+        return -batch.advantage * ratio_of(batch)
 
     def clipped(self, batch: Batch, own: Columns) -> TokenMask:
         """No token ever is."""
@@ -63,7 +72,7 @@ class PPOClip:
         return {}
 
     def _both(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        ratio = log_ratio(batch).exp()
+        ratio = ratio_of(batch)
         bounded = ratio.clamp(1 - self.low, 1 + self.high)
         return -batch.advantage * ratio, -batch.advantage * bounded
 
@@ -139,7 +148,7 @@ class ClippedWeight:
 
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss."""
-        ratio = log_ratio(batch).detach().exp()
+        ratio = ratio_of(batch).detach()
         weight = ratio.clamp(min=None if self.low is None else 1 - self.low, max=1 + self.high)
         return -batch.advantage * weight * batch.stats[Logp("now")]
 
