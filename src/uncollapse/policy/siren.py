@@ -145,7 +145,7 @@ class EntropyAnchor:
     def observe(self, entropy: Float[Tensor, ""], step: int) -> None:
         """Keep the value unless there is one."""
         if self.value is None:
-            self.value, self.step = float(entropy), step
+            self.value, self.step = float(entropy.detach()), step
 
     def target(self, entropy: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The anchor; as long as there is none, what it would be made from, without gradient."""
