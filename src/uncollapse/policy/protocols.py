@@ -108,10 +108,10 @@ class Term(Stage, Protocol):
 
 
 @runtime_checkable
-class Anchored(Term, Protocol):
+class RolloutDecider(Term, Protocol):
     """A term that, whenever it decides, also needs something of the whole rollout batch, such as its first values."""
 
-    def anchor(self, batch: Batch) -> Columns:
+    def decide_rollout(self, batch: Batch) -> Columns:
         """More private columns, found once per rollout batch from the old policy, after all that is decided there."""
         ...
 

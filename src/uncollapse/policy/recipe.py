@@ -19,12 +19,12 @@ from torch import Tensor
 from uncollapse.errors import ConfigError
 from uncollapse.policy.batch import PARTS, Batch, Columns, Stat
 from uncollapse.policy.protocols import (
-    Anchored,
     Memory,
     Metrics,
     Needs,
     Replay,
     Reporter,
+    RolloutDecider,
     Sampler,
     Scope,
     Stage,
@@ -213,8 +213,8 @@ class Recipe:
         batch = _drop_unscorable(batch)
         batch = self._decide(batch, "rollout", slots=("filters", "advantage", "weights"))
         for slot in self._slots:
-            if isinstance(slot.term, Anchored):
-                batch = _file(slot, batch, slot.term.anchor)
+            if isinstance(slot.term, RolloutDecider):
+                batch = _file(slot, batch, slot.term.decide_rollout)
         return batch
 
     def plan(self, batch: Batch) -> Batch:

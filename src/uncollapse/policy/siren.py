@@ -310,7 +310,7 @@ class Siren(_PeakEntropy):
         now = super().needs
         return now | {stat.by("old") for stat in now if isinstance(stat, Stat)}
 
-    def anchor(self, batch: Batch) -> Columns:
+    def decide_rollout(self, batch: Batch) -> Columns:
         """The anchor, from the whole of the first rollout batch or from memory."""
         mean = self.aggregate(batch)
         return {"anchor": self.memory.target(mean) if self.target is None else mean.new_tensor(self.target)}
