@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from uncollapse import studies
+from uncollapse.catalogue import papers
 from uncollapse.errors import ConfigError, DataError, UnknownName
 from uncollapse.studies.claims import Bound, Claim, Verdict
 from uncollapse.studies.statistics import Estimate, exact, mean_over_seeds
@@ -102,8 +103,10 @@ def test_the_room_offers_reproduce() -> None:
 def test_unknown_and_unstudied_papers() -> None:
     with pytest.raises(UnknownName, match="entropy-mechanism"):
         reproduce("entropy-mechanisms")
-    with pytest.raises(ConfigError, match="siren has no study yet"):
-        reproduce("siren")
+    unstudied = [slug for slug, entry in papers().items() if not entry.studied]
+    for slug in unstudied[:1]:
+        with pytest.raises(ConfigError, match=f"{slug} has no study yet"):
+            reproduce(slug)
 
 
 def test_exact_estimates_are_judged_like_any_other() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from uncollapse.errors import ConfigError
 
 FLOOR = -1e4  # exp(FLOOR) is 0 in every float type, while its square stays finite: no 0 * inf
+FRONT = 128  # tokens that are looked at first for a nucleus; it rarely has more, and a sort takes twenty times as long
 
 
 class Rows:
@@ -47,12 +48,6 @@ class Rows:
     def sampled(self) -> Float[Tensor, " row"]:
         """Log-probability of the sampled token."""
         return pick(self.logp, self.token)
-
-    @cached_property
-    def descending(self) -> tuple[Float[Tensor, "row vocab"], Int[Tensor, "row vocab"]]:
-        """Probabilities and their token ids, largest first."""
-        values, order = self.p.sort(dim=-1, descending=True, stable=True)
-        return values, order
 
 
 def pick(table: Float[Tensor, "row vocab"], token: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
@@ -204,6 +199,7 @@ def _check_share(owner: str, name: str, share: float) -> None:
 class _NucleusStatistic(_SetStatistic):
     p: float
     nucleus: str = "standard"
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         _check_share(type(self).__name__, "p", self.p)
@@ -212,15 +208,49 @@ class _NucleusStatistic(_SetStatistic):
                 f"{type(self).__name__}: nucleus is {self.nucleus!r}; give 'standard' (keeps the token that "
                 "crosses p) or 'released' (drops it)"
             )
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"{type(self).__name__}: top_k is {self.top_k}; give at least 1, or None")
+
+    def front(
+        self, rows: Rows
+    ) -> tuple[Float[Tensor, "row front"], Int[Tensor, "row front"], Bool[Tensor, "row front"]]:
+        """The most probable tokens, largest first: probability, id, and whether they are in the nucleus.
+
+        Looks at `FRONT` tokens, and at more where some row's nucleus goes on beyond them. Which tokens are in it is what
+        a stable sort of the whole vocabulary says, ties included.
+        """
+        vocab = rows.p.shape[-1]
+        limit = vocab if self.top_k is None else min(self.top_k, vocab)
+        width = min(FRONT if self.p < 1 else limit, limit) + 1  # one more shows whether the last one is tied
+        while True:
+            values, order = rows.p.topk(min(width, vocab))
+            inside = self._inside(values)
+            inside[:, limit:] = False
+            if width > limit or not bool(inside[:, -1].any()):
+                break
+            width = min(16 * width, limit + 1)
+        cut = inside[:, :-1] & ~inside[:, 1:] & (values[:, :-1] == values[:, 1:])
+        tied = cut.any(-1).nonzero().squeeze(-1)
+        if len(tied):  # equal probabilities on both sides of the edge: the lower id is in
+            by_id = rows.p[tied].sort(dim=-1, descending=True, stable=True).indices
+            order[tied] = by_id[:, : order.shape[1]]
+        return values, order, inside
+
+    def _inside(self, values: Tensor) -> Tensor:
+        possible = values != 0
+        if self.p == 1:  # a sum of floats may reach 1 early or never
+            return possible
+        reached = values.cumsum(-1)
+        if self.nucleus == "released":
+            return (reached < self.p) & possible
+        # the mass in front of a token decides whether it is still needed; the first one always is
+        before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], -1)
+        return (before < self.p) & possible
 
     def members(self, rows: Rows) -> Bool[Tensor, "row vocab"]:
         """Which tokens are in the nucleus."""
-        values, order = rows.descending
-        reached = values.cumsum(-1)
-        # the mass in front of a token decides whether it is still needed; the first one always is
-        before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], -1)
-        inside = before < self.p if self.nucleus == "standard" else reached < self.p
-        return torch.zeros_like(inside).scatter_(-1, order, inside & (values > 0))
+        _, order, inside = self.front(rows)
+        return torch.zeros_like(rows.p, dtype=torch.bool).scatter_(-1, order, inside)
 
 
 @dataclass(frozen=True)
@@ -229,7 +259,8 @@ class NucleusMass(_NucleusStatistic):
 
     `standard`: the smallest set of most probable tokens whose mass reaches p (Holtzman et al. 2020), so
     mass >= p. `released`: the tokens whose cumulative mass stays below p, without the one that crosses; it is
-    empty, with mass 0, if the first token alone reaches p (SIREN's released code).
+    empty, with mass 0, if the first token alone reaches p (SIREN's released code). p = 1 keeps every possible token in
+    both readings. `top_k` looks at so many of the most probable tokens only; None at all.
     """
 
     def value(self, rows: Rows) -> Float[Tensor, " row"]:
@@ -248,21 +279,24 @@ class NucleusEntropy(_NucleusStatistic):
     Readings of the nucleus as in `NucleusMass`; an empty nucleus has entropy 0 and no gradient.
     """
 
-    def _renormalised(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        inside = self.members(rows)
-        logq = torch.where(inside, rows.finite, FLOOR).log_softmax(-1)
-        logq = torch.where(inside, logq, FLOOR)
-        q = torch.where(inside, logq.exp(), 0)
-        return q, logq, row_dot(q, logq).neg_().clamp_(min=0)
-
     def value(self, rows: Rows) -> Float[Tensor, " row"]:
         """Entropy inside the nucleus."""
-        return self._renormalised(rows)[2]
+        values, _, inside = self.front(rows)
+        return torch.special.entr(_shares(values, inside)).sum(-1)
 
     def gradient(self, rows: Rows) -> Float[Tensor, "row vocab"]:
         """-q_v (log q_v + H_p) inside, exactly 0 outside."""
-        q, logq, entropy = self._renormalised(rows)
-        return (logq + entropy.unsqueeze(-1)).mul_(q).neg_()
+        values, order, inside = self.front(rows)
+        q = _shares(values, inside)
+        surprise = torch.special.entr(q)
+        slope = surprise.addcmul(q, surprise.sum(-1, keepdim=True), value=-1)
+        return torch.zeros_like(rows.p).scatter_(-1, order, slope)
+
+
+def _shares(values: Tensor, inside: Tensor) -> Tensor:
+    """Probabilities renormalised on a set, 0 outside; a set of one has exactly 1."""
+    kept = torch.where(inside, values, 0)
+    return torch.where(inside, kept / kept.sum(-1, keepdim=True), 0)
 
 
 @dataclass(frozen=True)

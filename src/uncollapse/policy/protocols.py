@@ -108,6 +108,15 @@ class Term(Stage, Protocol):
 
 
 @runtime_checkable
+class RolloutDecider(Term, Protocol):
+    """A term that, whenever it decides, also needs something of the whole rollout batch, such as its first values."""
+
+    def decide_rollout(self, batch: Batch) -> Columns:
+        """More private columns, found once per rollout batch from the old policy, after all that is decided there."""
+        ...
+
+
+@runtime_checkable
 class Surrogate(Term, Protocol):
     """The policy-gradient term."""
 

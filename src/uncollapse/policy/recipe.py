@@ -24,6 +24,7 @@ from uncollapse.policy.protocols import (
     Needs,
     Replay,
     Reporter,
+    RolloutDecider,
     Sampler,
     Scope,
     Stage,
@@ -40,12 +41,22 @@ TRANSFORM_SLOTS = ("rewards", "filters", "advantage", "weights")
 
 @dataclass(frozen=True)
 class Weighted:
-    """A regularizer: a term with its coefficient, its own reduction and the parts of the batch it applies to."""
+    """A regularizer: a term with its coefficient, its own reduction and the parts of the batch it applies to.
+
+    Raises `ConfigError` for a reduction that a term with an attribute `mean` does not mean.
+    """
 
     term: Term
     coef: Schedule = 1.0
     mean: Mean | Sum = field(default_factory=Mean)
     parts: frozenset[str] = frozenset({"policy"})
+
+    def __post_init__(self) -> None:
+        only = getattr(self.term, "mean", self.mean)
+        if only != self.mean:
+            raise ConfigError(
+                f"{type(self.term).__name__} is defined with the mean {only} and no other; give it that"
+            )
 
     @property
     def active(self) -> bool:
@@ -200,7 +211,11 @@ class Recipe:
         batch = replace(batch, columns=columns)
         batch = self._transform(batch.old_as_now(), "rollout", slots=("rewards",))
         batch = _drop_unscorable(batch)
-        return self._decide(batch, "rollout", slots=("filters", "advantage", "weights"))
+        batch = self._decide(batch, "rollout", slots=("filters", "advantage", "weights"))
+        for slot in self._slots:
+            if isinstance(slot.term, RolloutDecider):
+                batch = _file(slot, batch, slot.term.decide_rollout)
+        return batch
 
     def plan(self, batch: Batch) -> Batch:
         """Decisions of one optimiser step over all its rows, then the weight maps.
@@ -397,10 +412,16 @@ def _by_part(
 def _decide_term(slot: _Slot, batch: Batch, scope: Scope) -> Batch:
     if slot.term.scope != scope:
         return batch
-    decided = _by_part(batch, slot.term.decide, slot.term.needs, slot.key, slot.parts)
-    if scope == "microbatch" and "where" in decided:
+    decided = _file(slot, batch, slot.term.decide)
+    if scope == "microbatch" and f"own/{slot.key}/where" in decided.columns:
         raise ConfigError(f"{slot.key}: 'where' cannot be decided per micro-batch; its mean needs all rows")
-    return batch.with_columns(**{f"own/{slot.key}/{key}": value for key, value in decided.items()})
+    return decided
+
+
+def _file(slot: _Slot, batch: Batch, stage: Callable[[Batch], Columns]) -> Batch:
+    """The batch with a term's private columns."""
+    found = _by_part(batch, stage, slot.term.needs, slot.key, slot.parts)
+    return batch.with_columns(**{f"own/{slot.key}/{key}": value for key, value in found.items()})
 
 
 def _scatter(value: Tensor, rows: Tensor, into: Tensor | None) -> Tensor:

@@ -62,11 +62,12 @@ class NucleusEntropy(Measured):
 
     p: float = 0.8
     nucleus: str = "standard"
+    top_k: int | None = None
 
     @property
     def statistic(self) -> statistics.Statistic:
         """The instrument."""
-        return statistics.NucleusEntropy(self.p, self.nucleus)
+        return statistics.NucleusEntropy(self.p, self.nucleus, self.top_k)
 
 
 @dataclass(frozen=True)
