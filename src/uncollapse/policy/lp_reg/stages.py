@@ -63,7 +63,7 @@ _READS: Needs = frozenset({"old_logp", "advantage", Logp("now")})
 
 @dataclass(frozen=True)
 class LpReg:
-    """The capped surrogate with the pull towards the proxy at the selected tokens; needs of each token one number more.
+    """The capped surrogate with the pull towards the proxy at the selected tokens.
 
     Selection: the fraction `rho` of the `pool` with the lowest log-probability, of the old policy (`scope="rollout"`,
     free) or the current one (`minibatch`, exact; `microbatch`, depends on the split); `at_least` and `skip_below` as in
@@ -71,8 +71,9 @@ class LpReg:
     the threshold itself. `rho_positive`: regularise tokens with A > 0 as well (ablation).
 
     Loss: `beta` per nat, ratios capped at `upper`, those with A < 0 if `cap_negative`; `kl`, `only_below` and
-    `official_clamp` as in `lp_reg_loss`. With `beta=0`, or both fractions 0, it is the bare capped surrogate and needs nothing
-    else. Defaults: the paper's for Qwen3-14B (32B: rho 0.005).
+    `official_clamp` as in `lp_reg_loss`. With `beta=0`, or both fractions 0, it is the bare capped surrogate and costs nothing
+    more; else two numbers per token of the old policy, measured in the pass that gives the old log-probabilities.
+    Defaults: the paper's for Qwen3-14B (32B: rho 0.005).
     """
 
     rho: float = 0.01
