@@ -65,6 +65,7 @@ def prepared(recipe, *, policy=None, prompts=5, seed=0):
     """An engine and a prepared rollout batch of a recipe in the table lab."""
     policy = policy or Table(prompts=prompts)
     engine = LogitsEngine(TableLab(), policy, reference=Table(prompts=prompts, seed=1))
+    engine.remember()
     batch = recipe.sampler(engine, list(range(prompts)), Clock(step=2, total=10, seed=seed))
     batch = engine.measure(batch, recipe.stats("rollout") | {Entropy("old"), Logp("old")})
     return engine, recipe.prepare(batch)

@@ -202,13 +202,19 @@ def warm_up(
 
 @lru_cache(maxsize=16)
 def _warm_up(seed: int, steps: int, batch: int, lr: float, digits: tuple[int, int]) -> CharLM:
+    return taught(seed, make_rows(seed, steps * batch, digits=digits), batch=batch, lr=lr)
+
+
+def taught(
+    seed: int, rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch: int = 64, lr: float = 2e-3
+) -> CharLM:
+    """A model trained from scratch on supervised rows (prompt, response), `batch` at a time, each once."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CharLM()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    rows = make_rows(seed, steps * batch, digits=digits)
-    for step in range(steps):
-        prompts, responses = zip(*rows[step * batch : (step + 1) * batch], strict=True)
+    for start in range(0, len(rows), batch):
+        prompts, responses = zip(*rows[start : start + batch], strict=True)
         ids = pad_right(responses)
         loss = F.cross_entropy(logits_of(model, prompts, ids).transpose(1, 2), ids, ignore_index=PAD)
         optimizer.zero_grad()

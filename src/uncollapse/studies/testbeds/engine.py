@@ -6,6 +6,7 @@ logits, and `Trainer` runs the life cycle of a step. Other engines are compared 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -79,11 +80,16 @@ class LogitsEngine:
     policy: nn.Module
     reference: nn.Module | None = None
     temperature: float = 1.0
+    old: nn.Module | None = field(default=None, init=False, repr=False)
 
     @property
     def offers(self) -> frozenset[str | type[Stat]]:
         """Every kind of statistic, and all columns of single-turn data."""
         return OFFERS
+
+    def remember(self) -> None:
+        """Keep a copy of the policy as the old one, for statistics that read two policies' logits at once."""
+        self.old = copy.deepcopy(self.policy).requires_grad_(False)
 
     def fresh_prompts(self, count: int, clock: Clock, turn: int) -> Sequence[Any]:
         """The lab's; which ones depends on the clock and the turn alone."""
@@ -139,14 +145,18 @@ class LogitsEngine:
 
     def _one(self, batch: Batch, stat: Stat) -> Tensor:
         inside = batch.mask
-        other = self._logits(batch, stat.against)[inside] if stat.against else None
-        value = stat.of(self._logits(batch, stat.whose)[inside], batch.ids[inside], other)
+        # An old statistic was measured when the old policy was the policy; beside the current one it needs its copy.
+        second = {None: None, "old": self.old, "ref": self.reference}[stat.against]
+        other = self._logits(batch, second)[inside] if stat.against else None
+        own = self.reference if stat.whose == "ref" else self.policy
+        value = stat.of(self._logits(batch, own)[inside], batch.ids[inside], other)
         return torch.zeros(inside.shape, dtype=value.dtype).masked_scatter(inside, value)
 
-    def _logits(self, batch: Batch, whose: str) -> Tensor:
-        module = self.reference if whose == "ref" else self.policy
+    def _logits(self, batch: Batch, module: nn.Module | None) -> Tensor:
         if module is None:
-            raise ValueError("the recipe reads a reference policy, but the engine was given none")
+            raise ValueError(
+                "the recipe reads a reference policy, or the old one beside the current, but the engine has none"
+            )
         return self.lab.logits(module, batch.columns["prompt"], batch.ids) / self.temperature
 
 
@@ -174,6 +184,8 @@ class Trainer:
 
     def rollout(self, prompts: Sequence[Any]) -> Batch:
         """Sample, score, measure and prepare one rollout batch."""
+        if any(stat.against == "old" for stat in self.recipe.stats("loss") | self.recipe.stats("plan")):
+            self.engine.remember()
         clock = Clock(step=self.steps_done, total=self.total, seed=self.seed)
         batch = self.recipe.sampler(self.engine, prompts, clock)
         batch = self.engine.measure(batch, rollout_stats(self.recipe))
