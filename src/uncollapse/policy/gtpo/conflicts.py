@@ -72,19 +72,21 @@ def conflict_weights(
 
 def _in_conflict(ids: Tensor, position: Tensor, where: Tensor, advantages: Tensor, group: Tensor) -> Tensor:
     """Tokens whose (group, position, id) occurs with both signs. Keys are exact: no two tokens share one by accident."""
-    found = torch.zeros_like(where)
-    token = ids[where].long()
-    if not len(token):
-        return found
+    found = torch.zeros_like(where).flatten()
+    at = where.flatten().nonzero()[:, 0]
+    if not len(at):
+        return found.view_as(where)
+    row = at // where.shape[1]
+    token = ids.flatten()[at].long()
+    token -= token.min()
     _, label = group.unique(return_inverse=True)
-    token = token - token.min()
-    place = label[:, None] * ids.shape[1] + position
-    _, key = torch.unique(place[where] * (token.max() + 1) + token, return_inverse=True)
-    positive = (advantages > 0)[:, None].expand_as(where)[where]
+    place = label[row] * where.shape[1] + position.flatten()[at]
+    _, key = torch.unique(place * (token.max() + 1) + token, return_inverse=True)
+    positive = (advantages > 0)[row]
     seen = torch.zeros(2, len(key), dtype=torch.bool, device=ids.device)  # never more keys than tokens
     seen[positive.long(), key] = True
-    found[where] = (seen[0] & seen[1])[key]
-    return found
+    found[at] = (seen[0] & seen[1])[key]
+    return found.view_as(where)
 
 
 def _leading(conflict: Tensor, mask: Tensor) -> Tensor:
