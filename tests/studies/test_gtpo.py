@@ -8,6 +8,7 @@ import torch
 
 from uncollapse.policy.batch import Batch
 from uncollapse.policy.gtpo import LN2
+from uncollapse.policy.recipe import Recipe
 from uncollapse.studies.gtpo import STUDY, experiment
 from uncollapse.studies.gtpo.experiment import Size, _disfavoured_tags, arms, high_start, one_step, train
 from uncollapse.studies.study import run_study, study
@@ -61,6 +62,22 @@ def test_training_is_repeatable_and_arms_share_their_start() -> None:
         assert len(gtpo[name]) == 3
         assert gtpo[name][0] == grpo[name][0]
     assert "entropy_filter/kept/frac" not in grpo
+
+
+def test_calibration_takes_the_smallest_rate_that_grpo_cannot_bear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at GRPO on tuning seeds alone."""
+    asked = []
+
+    def told(made: Recipe, seed: int, size: Size, *, lr: float) -> dict[str, list[float]]:
+        asked.append((made.name, seed, lr))
+        return {"format": [0.8, 0.8 - (0.1 if lr > 2e-3 else 0.01)]}
+
+    monkeypatch.setattr(experiment, "train", told)
+    assert experiment.calibrate(TINY) == 3e-3
+    assert {(name, seed) for name, seed, _ in asked} == {("grpo-centred", s) for s in experiment.TUNING_SEEDS}
+    assert set(range(Size().seeds)).isdisjoint(experiment.TUNING_SEEDS)
+    monkeypatch.setattr(experiment, "DEGRADED", 0.5)
+    assert experiment.calibrate(TINY) is None
 
 
 def test_a_flattened_model_is_above_ln_2_and_spared() -> None:

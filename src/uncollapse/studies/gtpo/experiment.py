@@ -25,6 +25,15 @@ from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
 from uncollapse.studies.testbeds.tags import TAGS, TagsLab, examine, warm_up
 
 LEARNING_RATE = 3e-3
+"""What `calibrate` chose, before the run."""
+
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+TUNING_SEEDS = (1000, 1001)
+"""No seeds of the study."""
+
+DEGRADED = 0.05
+"""How much of its format GRPO has to lose for a learning rate to be called too high for it."""
+
 PROMPTS = 8
 """Prompts per step, with 8 answers each; one optimiser step per rollout batch, as the method demands."""
 
@@ -61,7 +70,7 @@ class Size:
 
     seeds: int = 8
     steps: int = 60
-    every: int = 5
+    every: int = 10
     warm_up_steps: int = 400
     looks_at: int = 512
     step_prompts: int = 32
@@ -105,6 +114,18 @@ def train(
         curves["above"].append(float(above.sum()))
         curves["contributing"].append(float((above & acts.any(1)).sum()))
     return curves
+
+
+def calibrate(size: Size) -> float | None:
+    """The smallest learning rate of the grid at which centred GRPO loses format on every tuning seed, if there is one.
+
+    Only GRPO is looked at, so that the choice knows nothing of how the methods compare.
+    """
+    for lr in GRID:
+        curves = [train(arms()["grpo"], seed, size, lr=lr)["format"] for seed in TUNING_SEEDS]
+        if all(curve[-1] <= curve[0] - DEGRADED for curve in curves):
+            return lr
+    return None
 
 
 # ---- E1: one step --------------------------------------------------------------------------------------------------
