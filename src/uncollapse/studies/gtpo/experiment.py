@@ -194,7 +194,7 @@ def _gradient_step(engine: LogitsEngine, made: Recipe, batch: Batch) -> None:
     with torch.no_grad():
         for parameter in engine.policy.parameters():
             if parameter.grad is not None:
-                parameter -= SMALL_STEP * parameter.grad
+                parameter.sub_(SMALL_STEP * parameter.grad)
 
 
 def _mean_logp(engine: LogitsEngine, batch: Batch, where: Tensor) -> float:
