@@ -11,15 +11,18 @@ from uncollapse.policy.batch import Batch, Clock
 from uncollapse.policy.stats import Entropy, Logp
 from uncollapse.studies.testbeds.engine import LogitsEngine
 
+SHARPNESS = {"gtpo-released": 4.0}
+"""Recipes that learn nothing from a policy as uncertain as a random table, here 1.5 nats per token."""
+
 
 class Table(nn.Module):
     """Logits per (prompt, previous token)."""
 
-    def __init__(self, prompts=5, vocab=7, seed=0):
+    def __init__(self, prompts=5, vocab=7, seed=0, sharpness=1.0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.table = nn.Parameter(
-            torch.randn(prompts, vocab + 1, vocab, generator=generator, dtype=torch.float64)
+            sharpness * torch.randn(prompts, vocab + 1, vocab, generator=generator, dtype=torch.float64)
         )
 
 
@@ -63,7 +66,7 @@ def moved_on(policy, size=0.5, seed=9):
 
 def prepared(recipe, *, policy=None, prompts=5, seed=0):
     """An engine and a prepared rollout batch of a recipe in the table lab."""
-    policy = policy or Table(prompts=prompts)
+    policy = policy or Table(prompts=prompts, sharpness=SHARPNESS.get(recipe.name, 1.0))
     engine = LogitsEngine(TableLab(), policy, reference=Table(prompts=prompts, seed=1))
     engine.remember()
     batch = recipe.sampler(engine, list(range(prompts)), Clock(step=2, total=10, seed=seed))

@@ -21,6 +21,11 @@ _ON_POLICY_INERT = {
 }
 """Stages that do nothing in the first optimiser step after a rollout, and why."""
 
+_ON_POLICY_ONLY = {
+    "reinforce": "its ratio stays 1: answers of an older policy count as the current one's, and no clip bounds the step",
+}
+"""Stages that are right in the first optimiser step after a rollout only, and what happens in the others."""
+
 
 @dataclass(frozen=True)
 class StageCard:
@@ -132,6 +137,10 @@ def _warnings(recipe: Recipe, cards: tuple[StageCard, ...], updates: int | None)
             verb = {None: "would do", 1: "does"}.get(updates)
             if verb:
                 found.append(f"{card.name} {verb} nothing {when}: {_ON_POLICY_INERT[card.name]}")
+        if card.name in _ON_POLICY_ONLY and updates != 1:
+            found.append(
+                f"{card.name} is for one optimiser step per rollout batch; with more {_ON_POLICY_ONLY[card.name]}"
+            )
         if card.slot == "regularizers" and card.options.get("coef") == 0:
             found.append(f"{card.name} has coefficient 0: it is left out")
     if recipe.split_dependent:
