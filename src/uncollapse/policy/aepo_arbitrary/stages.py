@@ -119,6 +119,7 @@ class TemperedSampler(_SteeredSampler):
     decided by the clock. The loss becomes (mean over the policy's rows) + alpha (mean over the tempered rows), each with
     the recipe's reduction; all `samples` answers of a tempered prompt stay, right or wrong. With several optimiser steps
     per rollout each step takes these means over its own rows. `alpha=0` samples nothing twice and is the recipe without.
+    Goes with `tempered-positives`: with group advantages hot wrong answers would be pushed away, which hastens collapse.
     Temperatures are relative to the policy's. Defaults: alpha and share 1/64 (SCOPE-RL), two temperatures and
     target 0.5 (released code).
     """
