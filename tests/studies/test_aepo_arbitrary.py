@@ -43,6 +43,14 @@ def test_bandits_are_repeatable_and_move_towards_their_targets() -> None:
     assert worst_offset({"entropy": [0.4, 1.3, 0.0]}, setting) == pytest.approx(2.9)
 
 
+def test_problems_are_trained_apart() -> None:
+    setting = Setting(((0.5, 0.2), (1.0, 0.4)), steps=20)
+    found = bandits.run_problems(setting, range(3))
+    assert found["0"] == pytest.approx(run(setting, 0)["entropy"], abs=1e-12)
+    assert list(found) == ["0", "1", "2"]
+    assert found["1"] != found["0"]
+
+
 def test_division_after_control_starts_from_the_held_law() -> None:
     setting = Setting(((1.0, 0.2),), steps=5)
     found = run_divided_after_control(setting, 0)
@@ -68,7 +76,9 @@ def test_training_on_tokens_is_repeatable() -> None:
 
 
 def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Size(control_steps=4, steps=3, seeds=2, batches=(16, 64), token_seeds=1, token_steps=10)
+    tiny = Size(
+        control_steps=4, steps=3, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=10
+    )
     monkeypatch.setattr(experiment, "QUICK", tiny)
     monkeypatch.setattr(experiment, "train_tokens", _small_tokens)
     seen: list[tuple[int, int]] = []

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from uncollapse.studies.aepo_arbitrary.experiment import ALPHAS, FAR, GATED, GROUPS, TOKEN_TARGETS, measure
+from uncollapse.studies.aepo_arbitrary.experiment import (
+    ALPHAS,
+    FAR,
+    GATED,
+    GROUPS,
+    PROBLEM_ALPHAS,
+    TOKEN_TARGETS,
+    measure,
+)
 from uncollapse.studies.claims import Bound, Claim
 from uncollapse.studies.study import Measurements, Observation, Study
 
@@ -145,6 +153,12 @@ STUDY = Study(
             ),
         ),
         Observation(
+            "problems",
+            "Added after a first run, which failed A-bang at two of four targets: share of 20 other initial policies on "
+            "which a target is held within 0.02 nats after 6000 steps, by alpha.",
+            tuple(f"problems/alpha-{alpha:g}/{h:g}/held" for alpha in PROBLEM_ALPHAS for h in GATED),
+        ),
+        Observation(
             "division",
             "Divided by the deviation of a batch that is sampled, and divided only once control was there (target 1).",
             (
@@ -189,7 +203,7 @@ STUDY = Study(
     ),
     limits=(
         "One bandit and one tabular task, no language model: a table shares nothing between prompts, and its answers have "
-        "one or four tokens. Alpha is 0.2 to 3 here and 1/64 in the paper. The paper's benchmark scores, pass@k and the "
-        "best target are not tested."
+        "one or four tokens. Alpha is 0.05 to 3.2 here and 1/64 in the paper. The paper's benchmark scores, pass@k, the best "
+        "target and a transformer are not tested."
     ),
 )

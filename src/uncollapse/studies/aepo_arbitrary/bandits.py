@@ -43,9 +43,9 @@ def right_answers() -> Tensor:
     return (torch.arange(ANSWERS) < RIGHT).double()
 
 
-def initial_logits() -> Tensor:
-    """The problem of all bandits: logits ~ N(0, 1), seed 0."""
-    return torch.randn(ANSWERS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def initial_logits(problem: int = 0) -> Tensor:
+    """The policy before training: logits ~ N(0, 1); claims are judged on problem 0."""
+    return torch.randn(ANSWERS, generator=torch.Generator().manual_seed(problem), dtype=torch.float64)
 
 
 def entropy_of(logits: Tensor) -> Tensor:
@@ -58,6 +58,15 @@ def run(setting: Setting, seed: int) -> Curves:
     """Train every arm; per arm the `entropy` and `success` of the last steps and a thinned `curve` of the entropy."""
     logits = initial_logits().expand(len(setting.arms), -1).clone()
     return _summary(setting, _train(setting, logits, seed))
+
+
+def run_problems(setting: Setting, problems: range) -> Curves:
+    """Train every arm on each of these problems; the `entropy` of the last steps, one list per problem."""
+    each = torch.stack([initial_logits(problem) for problem in problems])
+    tiled = replace(setting, arms=setting.arms * len(problems))
+    entropy, _, _ = _train(tiled, each.repeat_interleave(len(setting.arms), 0), 0)
+    rows = entropy[-TAIL:].mean(0).view(len(problems), -1)
+    return {str(problem): row.tolist() for problem, row in zip(problems, rows, strict=True)}
 
 
 def run_divided_after_control(setting: Setting, seed: int) -> Curves:

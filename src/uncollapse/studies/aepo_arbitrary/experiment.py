@@ -24,7 +24,13 @@ from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.regularizers import AdaptiveEntropy, EntropyBonus
 from uncollapse.policy.stages.samplers import PlainSampler
-from uncollapse.studies.aepo_arbitrary.bandits import Setting, run, run_divided_after_control, worst_offset
+from uncollapse.studies.aepo_arbitrary.bandits import (
+    Setting,
+    run,
+    run_divided_after_control,
+    run_problems,
+    worst_offset,
+)
 from uncollapse.studies.statistics import Estimate, exact, mean_over_seeds
 from uncollapse.studies.study import Measurements, Trials
 from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
@@ -44,6 +50,11 @@ BOUNDARY = (0.5, 1.0, 2.0)
 FAR = (2.5, 2.9)
 """Targets below ln 20 = 3.0 that are reported, not judged: 6000 steps do not suffice to get there."""
 
+CLOSE = 0.02
+"""A target counts as held with exact gradients within this many nats."""
+
+PROBLEM_ALPHAS = (0.2, 0.4, 0.8)
+
 GROUPS = (4, 8, 16, 64)
 BATCH = 512
 """Answers per step in the curve over group sizes."""
@@ -62,13 +73,14 @@ class Size:
 
     control_steps: int = 6000
     steps: int = 4000
+    problems: int = 20
     seeds: int = 5
     batches: tuple[int, ...] = (16, 512, 4096)
     token_seeds: int = 3
     token_steps: int = 500
 
 
-QUICK = Size(control_steps=60, steps=40, seeds=2, batches=(16, 64), token_seeds=1, token_steps=20)
+QUICK = Size(control_steps=60, steps=40, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=20)
 
 
 # ---- A and B: bandits ---------------------------------------------------------------------------------------------
@@ -95,6 +107,19 @@ def _measure_control(size: Size, trials: Trials) -> tuple[dict[str, Estimate], d
         details[mode] = found
     estimates["control/none/entropy"] = exact(details["bang"]["entropy"][-1])
     return estimates, details
+
+
+def _measure_problems(size: Size, trials: Trials) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    """Share of other initial policies on which a target is held, by target and alpha."""
+    problems = range(1, size.problems + 1)
+    arms = tuple((target, alpha) for alpha in PROBLEM_ALPHAS for target in GATED)
+    setting = Setting(arms, steps=size.control_steps)
+    found = trials.trial("A problems", partial(run_problems, setting, problems))
+    estimates = {}
+    for index, (target, alpha) in enumerate(arms):
+        held = [float(abs(row[index] - target) < CLOSE) for row in found.values()]
+        estimates[f"problems/alpha-{alpha:g}/{target:g}/held"] = mean_over_seeds(held, problems)
+    return estimates, found
 
 
 def _measure_boundary(size: Size, trials: Trials) -> tuple[dict[str, Estimate], dict[str, Any]]:
@@ -256,7 +281,7 @@ def trial_count(size: Size) -> int:
     """How many trials the study has."""
     boundary = 2 * (1 + len(size.batches) * size.seeds) + 1
     groups = (1 + 2 * len(GROUPS)) * size.seeds + len(GROUPS)
-    return 2 + boundary + groups + len(token_arms()) * size.token_seeds
+    return 3 + boundary + groups + len(token_arms()) * size.token_seeds
 
 
 def measure(quick: bool, trials: Trials) -> Measurements:
@@ -267,6 +292,7 @@ def measure(quick: bool, trials: Trials) -> Measurements:
     details: dict[str, Any] = {}
     for name, part in (
         ("control", _measure_control),
+        ("problems", _measure_problems),
         ("boundary", _measure_boundary),
         ("groups", _measure_groups),
         ("tokens", _measure_tokens),
