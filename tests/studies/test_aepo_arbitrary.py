@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from uncollapse.policy.aepo_arbitrary import expected_aux_gradient, group_advantage_gain
+from uncollapse.studies.aepo_arbitrary import STUDY, bandits, experiment
+from uncollapse.studies.aepo_arbitrary.bandits import Setting, run, run_divided_after_control, worst_offset
+from uncollapse.studies.aepo_arbitrary.experiment import ALPHAS, Size, token_arms, train_tokens, trial_count
+from uncollapse.studies.study import run_study, study
+from uncollapse.studies.testbeds.modsum import ModSum
+
+
+@pytest.mark.parametrize("group", [4, 16])
+@pytest.mark.parametrize("divide", [False, True])
+def test_sampled_updates_have_the_expectation_that_the_exact_ones_are(group: int, divide: bool) -> None:
+    generator, right = torch.Generator().manual_seed(0), bandits.right_answers()
+    logits = bandits.initial_logits()[None]
+    law = logits.softmax(-1)
+    setting = Setting(((0.5, 0.2),), divide=divide, group=group, samples=160_000)
+    sampled = bandits._sampled_grpo(law, right, 160_000, setting, generator)
+    gain = group_advantage_gain(float((law * right).sum()), group, std=divide)
+    policy = gain * expected_aux_gradient(logits, right, 1.0)
+    torch.testing.assert_close(sampled, policy, rtol=0, atol=2e-3)
+    if divide:
+        exact = bandits._exact_gain((law * right).sum(-1, keepdim=True), replace(setting, samples=None))
+        assert exact.item() == pytest.approx(gain)
+    t = torch.tensor([[1.2]], dtype=torch.float64)
+    positives = bandits._sampled_positives(logits, t, right, 160_000, generator)
+    torch.testing.assert_close(positives, expected_aux_gradient(logits, right, t), rtol=0, atol=2e-3)
+
+
+def test_bandits_are_repeatable_and_move_towards_their_targets() -> None:
+    setting = Setting(((0.5, 0.0), (1.0, 0.2), (2.9, 0.2)), steps=700, samples=32)
+    found = run(setting, 3)
+    assert found == run(setting, 3)
+    assert found != run(setting, 4)
+    assert found["entropy"][2] > found["entropy"][1] > found["entropy"][0]
+    assert worst_offset({"entropy": [0.4, 1.3, 0.0]}, setting, 2) == pytest.approx(0.3)
+    assert worst_offset({"entropy": [0.4, 1.3, 0.0]}, setting) == pytest.approx(2.9)
+
+
+def test_problems_are_trained_apart() -> None:
+    setting = Setting(((0.5, 0.2), (1.0, 0.4)), steps=20)
+    found = bandits.run_problems(setting, range(3))
+    assert found["0"] == pytest.approx(run(setting, 0)["entropy"], abs=1e-12)
+    assert list(found) == ["0", "1", "2"]
+    assert found["1"] != found["0"]
+
+
+def test_division_after_control_starts_from_the_held_law() -> None:
+    setting = Setting(((1.0, 0.2),), steps=5)
+    found = run_divided_after_control(setting, 0)
+    assert found["before"] == run(setting, 0)["entropy"]
+    assert found["entropy"] != found["before"]
+
+
+def test_arms_on_tokens_share_everything_but_the_method() -> None:
+    arms = token_arms()
+    assert len(arms) == 18
+    for arm in arms.values():
+        assert arm.sampler.samples == 8
+        assert arm.surrogate == arms["raw"].surrogate
+        assert arm.mean == arms["raw"].mean
+
+
+def test_training_on_tokens_is_repeatable() -> None:
+    task = ModSum(prompts=3, length=2, vocab=4)
+    for arm in ("aepo-raw/0.7", "replace/0.7", "reweight/0.7"):
+        runs = [train_tokens(token_arms()[arm], 0, 10, task=task) for _ in range(2)]
+        assert runs[0] == runs[1]
+        assert len(runs[0]["entropy"]) == 1
+
+
+def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Size(
+        control_steps=4, steps=3, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=10
+    )
+    monkeypatch.setattr(experiment, "QUICK", tiny)
+    monkeypatch.setattr(experiment, "train_tokens", _small_tokens)
+    seen: list[tuple[int, int]] = []
+    outcome = run_study(
+        STUDY,
+        quick=True,
+        output=tmp_path,
+        work=tmp_path / "work",
+        progress=lambda done, total, what: seen.append((done, total)),
+    )
+    assert seen[-1] == (trial_count(tiny), trial_count(tiny))
+    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
+    assert outcome.figure is not None
+    assert outcome.figure.read_text().startswith("<?xml")
+    for claim in STUDY.claims:
+        for bound in claim.criterion.bounds:
+            assert bound.statistic in outcome.measurements.estimates
+    missing = {s for o in STUDY.observations for s in o.statistics} - set(outcome.measurements.estimates)
+    assert missing == {"boundary/std/512/largest-entropy", "boundary/std/4096/largest-entropy"}
+    assert f"groups/std-4/alpha-{ALPHAS[0]:g}/entropy" in outcome.measurements.estimates
+
+
+def _small_tokens(made: object, seed: int, steps: int) -> dict[str, list[float]]:
+    return train_tokens(made, seed, steps, task=ModSum(prompts=2, length=2, vocab=3))
+
+
+def test_it_is_the_study_of_its_slug() -> None:
+    assert study("aepo-arbitrary") is STUDY
