@@ -69,7 +69,8 @@ class RewardAudit:
     def worst_first(self) -> Int[np.ndarray, " prompt"]:
         """Prompts by how little it takes to move them: ties first, the largest in front, then the smallest gap."""
         gap = np.where(self.comparable, self.gap, np.inf)
-        return np.lexsort((np.arange(len(gap)), -np.nan_to_num(self.soft_tv), -self.ties, gap))
+        moved = np.round(np.nan_to_num(self.soft_tv), 9)  # rounding must not decide the order
+        return np.lexsort((np.arange(len(gap)), -moved, -self.ties, gap))
 
 
 def audit_rewards(
@@ -93,7 +94,7 @@ def audit_rewards(
     prompt = np.repeat(np.arange(prompts), samples)
     return audit_completions(
         prompt[kept],
-        scores.reshape(-1, count)[kept],
+        scores.reshape(prompts * samples, count)[kept],
         weights,
         alpha,
         shift=shift,
@@ -147,7 +148,8 @@ def audit_completions(
             "base_logp is not finite for some scored row; a completion that was sampled has a probability"
         )
     owner, rewards, log_base, completions = _answers(prompt, scores, answer, base_logp, kept, total)
-    columns = np.concatenate([rewards, (rewards @ w)[:, None]], 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        columns = np.concatenate([rewards, (rewards @ w)[:, None]], 1)
     if not np.isfinite(columns).all():
         raise DataError("the weighted sum of the rewards overflows; scale them down")
     groups = _Groups(owner, total)
@@ -264,7 +266,7 @@ class _Groups:
         return self._reduce(np.maximum, values, -np.inf)
 
     def add(self, values: np.ndarray) -> np.ndarray:
-        return self._reduce(np.add, values, 0)
+        return self._reduce(np.add, values, 0.0)
 
     def _reduce(self, operation: np.ufunc, values: np.ndarray, empty: float) -> np.ndarray:
         found = np.full((self.total, values.shape[1]), empty, dtype=values.dtype)
@@ -288,21 +290,22 @@ def _worst_tv(p: np.ndarray, groups: _Groups, shift: float, alpha: float) -> tup
         chosen = np.flatnonzero(count == size)
         half = ((np.arange(2 ** (size - 1))[:, None] >> np.arange(size)) & 1).astype(np.float64)
         for some in np.array_split(chosen, -(-len(chosen) * len(half) // _CELLS)):
-            mass = p[starts[some][:, None] + np.arange(size)] @ half.T
-            found[some] = np.maximum(_moved(mass, shift, alpha), _moved(1 - mass, shift, alpha)).max(1)
+            each = p[starts[some][:, None] + np.arange(size)]
+            # the rest is added up, not taken from 1: what is left beside a likely answer would be rounding
+            mass, rest = each @ half.T, each @ (1 - half).T
+            found[some] = np.maximum(_moved(mass, rest, shift, alpha), _moved(rest, mass, shift, alpha)).max(
+                1
+            )
     large = np.flatnonzero(count > EXHAUSTIVE)
     if len(large):
         found[large] = _greedy(p, groups, large, starts, shift, alpha)
     return found, count <= EXHAUSTIVE
 
 
-def _moved(mass: np.ndarray, shift: float, alpha: float) -> np.ndarray:
-    """p' - p for odds(p') = odds(p) exp(2 shift / alpha), without overflow."""
-    factor = np.exp(-2 * shift / alpha)
-    mass = np.clip(mass, 0.0, 1.0)
-    return (
-        mass * (1 - mass) * (1 - factor) / np.maximum(mass + (1 - mass) * factor, np.finfo(np.float64).tiny)
-    )
+def _moved(mass: np.ndarray, rest: np.ndarray, shift: float, alpha: float) -> np.ndarray:
+    """p' - p for odds(p') = odds(p) exp(2 shift / alpha), without overflow; `rest` is 1 - p."""
+    gain, factor = -np.expm1(-2 * shift / alpha), np.exp(-2 * shift / alpha)
+    return mass * rest * gain / np.maximum(mass + rest * factor, np.finfo(np.float64).tiny)
 
 
 def _greedy(
@@ -316,8 +319,8 @@ def _greedy(
     for rank in range(int(count[large].max())):
         here = np.flatnonzero(count[large] > rank)
         grown = mass[here] + ranked[starts[large[here]] + rank]
-        best[here] = np.maximum(
-            best[here], np.maximum(_moved(grown, shift, alpha), _moved(1 - grown, shift, alpha))
-        )
+        rest = np.maximum(1 - grown, 0.0)
+        moved = np.maximum(_moved(grown, rest, shift, alpha), _moved(rest, grown, shift, alpha))
+        best[here] = np.maximum(best[here], moved)
         mass[here] = np.where(grown <= peak, grown, mass[here])
     return best

@@ -20,12 +20,12 @@ ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 def policy_distance(
     pi1: Policy,
-    pi2: Policy,
+    pi2: Float[np.ndarray, "state2 action2"],
     kind: Literal["tv", "occupancy"] = "tv",
     *,
     P: Transitions = None,
     gamma: float = 0.9,
-    mu: Float[np.ndarray, " state"] | None = None,
+    mu: Float[np.ndarray, " start"] | None = None,
 ) -> float:
     """Total variation between two policies, in [0, 1].
 
@@ -79,7 +79,7 @@ def cliff_profile(
     direction: Float[np.ndarray, "state action"],
     eps_grid: Sequence[float],
     alphas: Sequence[float] = ALPHAS,
-    mu: Float[np.ndarray, " state"] | None = None,
+    mu: Float[np.ndarray, " start"] | None = None,
 ) -> list[CliffPoint]:
     """How the hard and the soft policies move as the reward moves by eps along `direction`.
 

@@ -63,7 +63,7 @@ def incomplete_reward(
     R_missing: Float[np.ndarray, "state action"],
     P: Transitions,
     gamma: float,
-    mu: Float[np.ndarray, " state"] | None = None,
+    mu: Float[np.ndarray, " start"] | None = None,
 ) -> IncompleteReward:
     """Compare training on `R_train` with the true reward R_train + R_missing; `mu` says where episodes start (anywhere).
 
@@ -84,7 +84,7 @@ def incomplete_reward(
 
 
 def effective_reward(
-    rewards: Float[np.ndarray, "reward state action"], weights: Float[np.ndarray, "*state reward"]
+    rewards: Float[np.ndarray, "reward state action"], weights: Float[np.ndarray, "..."]
 ) -> Float[np.ndarray, "state action"]:
     """R_eff(s, a) = sum_k w_k(s) R_k(s, a): what a policy trained with several rewards at once really optimises.
 
@@ -102,8 +102,8 @@ def effective_reward(
 
 def weight_bound(
     rewards: Float[np.ndarray, "reward state action"],
-    weights1: Float[np.ndarray, "*state reward"],
-    weights2: Float[np.ndarray, "*state reward"],
+    weights1: Float[np.ndarray, "..."],
+    weights2: Float[np.ndarray, "..."],
 ) -> float:
     """Bound on the sup norm of the change of R_eff when the weights change: max_s TV(w1(s), w2(s)) max_a range_k R_k(s, a).
 

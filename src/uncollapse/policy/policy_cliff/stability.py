@@ -49,7 +49,7 @@ def stability_radius(
     R: Float[np.ndarray, "state action"],
     P: Transitions,
     gamma: float,
-    mu: Float[np.ndarray, " state"] | None = None,
+    mu: Float[np.ndarray, " start"] | None = None,
     *,
     tolerance: float | None = None,
 ) -> StabilityRadius:
