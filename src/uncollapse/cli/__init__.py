@@ -25,6 +25,7 @@ _VERBS = {
     "compare": "uncollapse.cli.compare:compare",
     "report": "uncollapse.cli.reports:report",
     "diagnose": "uncollapse.cli.diagnose:diagnose",
+    "cliff": "uncollapse.cli.cliff:cliff",
     "list": "uncollapse.cli.catalogue:list_",
     "show": "uncollapse.cli.catalogue:show",
     "reproduce": "uncollapse.cli.reproduce:reproduce",
