@@ -48,8 +48,13 @@ def figure(measured: Measurements) -> Figure:
     rows = measured.details["lipschitz"]
     alphas = [float(alpha) for alpha in rows]
     smooth.loglog(alphas, [row["constant"] for row in rows.values()], "o-", label="exact, mean over MDPs")
-    smooth.loglog(alphas, [soft_policy_bound(1e-9, a, GAMMA) / 1e-9 for a in alphas], "k:", label="1 / (2 α (1 - γ))")
-    smooth.set(title="C: Lipschitz constant of the soft policy", xlabel="temperature α", ylabel="TV per reward")
+    smooth.loglog(
+        alphas,
+        [soft_policy_bound(1e-9, a, GAMMA) / 1e-9 for a in alphas],
+        "k:",
+        label=r"$1 / (2 \alpha (1 - \gamma))$",
+    )
+    smooth.set(title="C: Lipschitz constant of the soft policy", xlabel="temperature", ylabel="TV per reward")
     shares = measured.details["formats"]
     names = [name for name in shares if name.endswith(("/0", f"/{BONUS:g}"))]
     for at, name in enumerate(names):

@@ -259,7 +259,7 @@ def arms() -> dict[str, tuple[Recipe, float]]:
         f"centred{name.removeprefix('grpo')}": replace(made, advantage=(GroupAdvantage(std=False),))
         for name, made in base.items()
     }
-    found = {}
+    found: dict[str, tuple[Recipe, float]] = {}
     for name, made in (base | centred).items():
         bonuses = (0.0, BONUS, *LARGER) if name.endswith("entropy") else (0.0, BONUS)
         found |= {f"{name}/{bonus:g}": (made, bonus) for bonus in bonuses}
@@ -312,7 +312,9 @@ def _spread(values: np.ndarray) -> Any:
     return values.std(axis=-1, ddof=1)
 
 
-def _measure_formats(runs: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> dict[str, Estimate]:
+def _measure_formats(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]
+) -> dict[str, Estimate]:
     share = {arm: [run["share"] for run in several] for arm, several in runs.items()}
     estimates = {f"formats/{arm}/share": mean_over_seeds(values, seeds) for arm, values in share.items()}
     for arm, several in runs.items():
@@ -344,9 +346,7 @@ def measure(quick: bool, trials: Trials) -> Measurements:
     estimates |= more
     runs = {
         arm: [
-            trials.trial(
-                f"D {arm} seed {seed}", partial(train_two_formats, made, bonus, seed, size.steps)
-            )
+            trials.trial(f"D {arm} seed {seed}", partial(train_two_formats, made, bonus, seed, size.steps))
             for seed in seeds
         ]
         for arm, (made, bonus) in chosen.items()
