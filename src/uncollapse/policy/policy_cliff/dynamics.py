@@ -167,6 +167,17 @@ def _rows(P: Any, legal: np.ndarray) -> Any:
     return rows
 
 
+def log_sum_exp(x: Float[np.ndarray, "... n"]) -> Float[np.ndarray, "..."]:
+    """log sum exp over the last axis, shifted by the largest entry; -inf where all entries are.
+
+    SciPy has one, but the policy layer imports this package, and `scipy.special` takes longer than all of it.
+    """
+    largest = x.max(-1, keepdims=True)
+    shift = np.where(np.isfinite(largest), largest, 0.0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(x - shift).sum(-1)) + shift[..., 0]
+
+
 def finite_products(policy: Policy, values: Float[np.ndarray, "state action"]) -> Float[np.ndarray, " state"]:
     """sum_a pi(a|s) x(s, a), where actions of probability 0 do not count even at -inf."""
     return (policy * np.where(policy > 0, values, 0.0)).sum(1)

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.special import logsumexp
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.policy.policy_cliff.dynamics import Dynamics, Policy, Transitions, finite_products
+from uncollapse.policy.policy_cliff.dynamics import (
+    Dynamics,
+    Policy,
+    Transitions,
+    finite_products,
+    log_sum_exp,
+)
 
 TIE = 1e-9
 """Tie tolerance in units of max(1, largest |Q|): rounding must not decide what is tied."""
@@ -184,6 +189,6 @@ def _log_base(R: np.ndarray, base_policy: Policy | None) -> np.ndarray:
 def _softmax(Q: np.ndarray, alpha: float, log_base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """pi, V and log(pi / base); base 1 stands for the entropy case."""
     logits = Q / alpha + log_base
-    scaled = logsumexp(logits, axis=1)
+    scaled = log_sum_exp(logits)
     policy = np.exp(logits - scaled[:, None])
     return policy, alpha * scaled, Q / alpha - scaled[:, None]

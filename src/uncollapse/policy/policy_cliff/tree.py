@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import logsumexp
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.policy.policy_cliff.dynamics import log_sum_exp
 from uncollapse.policy.policy_cliff.mdp import TIE
 
 Leaves = Float[np.ndarray, "*batch leaf"]
@@ -73,7 +73,7 @@ class TokenTree:
         for t in reversed(range(self.depth)):
             ahead = np.where(np.isneginf(values[0]), -np.inf, gamma * np.maximum(values[0], -_HUGE))
             Q = self._split(rewards[t] + ahead)
-            V = alpha * logsumexp(Q / alpha, axis=-1)
+            V = alpha * log_sum_exp(Q / alpha)
             policies.insert(0, _law(Q / alpha, V / alpha))
             values.insert(0, V)
         return TreeSolution(tuple(values), tuple(policies), self._answers(policies))
