@@ -89,6 +89,19 @@ class Dynamics:
         starts = np.arange(0, policy.size + 1, self.actions)
         return csr_matrix((policy.ravel(), np.arange(policy.size), starts)) @ self.rows
 
+    def reached(self, policy: Policy, mu: Float[np.ndarray, " start"]) -> Bool[np.ndarray, " state"]:
+        """States that the policy can come to from the start distribution `mu`, however late or unlikely."""
+        if mu.shape != (self.states,):
+            raise DataError(
+                f"mu has shape {mu.shape}; give one start probability for each of {self.states} states"
+            )
+        moves, seen = self.under(policy), np.asarray(mu > 0)
+        while True:
+            wider = seen | (moves.T @ seen.astype(np.float64) > 0)
+            if (wider == seen).all():
+                return seen
+            seen = wider
+
     def evaluation(self, policy: Policy) -> Evaluation:
         """The solver of (I - gamma P_pi) x = b."""
         return Evaluation(self.under(policy), self.gamma)

@@ -76,7 +76,7 @@ def incomplete_reward(
     V = policy_value(missing, P, gamma, policy)
     advantage = dynamics.backup(missing, V) - V[:, None]
     start = np.full(len(R_train), 1 / len(R_train)) if mu is None else mu
-    reached = dynamics.evaluation(policy).occupancy(start[None])[0] > 1e-15
+    reached = dynamics.reached(policy, start)
     improves = solved.tie_sets & (advantage > solved.tolerance) & reached[:, None]
     true = R_train + missing
     regret = solve_mdp(true, P, gamma).V - policy_value(true, P, gamma, policy)

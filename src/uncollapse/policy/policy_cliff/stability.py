@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from uncollapse.errors import DataError
 from uncollapse.policy.policy_cliff.dynamics import Dynamics, Transitions
 from uncollapse.policy.policy_cliff.mdp import Solution, soft_solve, solve_mdp
 
@@ -67,9 +66,7 @@ def stability_radius(
     rho, pair, witness = _smallest(R, dynamics, solved, np.ones(len(R), dtype=bool))
     if mu is None:
         return StabilityRadius(rho, pair, witness)
-    if mu.shape != (len(R),):
-        raise DataError(f"mu has shape {mu.shape}; give one start probability for each of {len(R)} states")
-    visited = dynamics.evaluation(solved.deterministic).occupancy(mu[None])[0] > 1e-15
+    visited = dynamics.reached(solved.deterministic, mu)
     return StabilityRadius(rho, pair, witness, _smallest(R, dynamics, solved, visited)[0])
 
 
@@ -131,7 +128,7 @@ def policy_lipschitz(
     diag(pi) (I - 1 pi^T) M / alpha and M the rows (s, .) of (I - gamma P^pi)^-1. Elsewhere than at s, M is visits of a
     state times pi there, so a subset costs S numbers and not S A. States with at most 14 actions are searched
     exhaustively; larger ones from single actions and the likeliest sets, flipping one or two actions at a time: a
-    lower bound. Memory: 2^13 S numbers at most.
+    lower bound. Cost: S A transposed solves, and 2^13 S numbers at once at most.
     """
     soft = soft_solve(R, P, gamma, alpha)
     dynamics = Dynamics.of(R, P, gamma)
