@@ -487,6 +487,18 @@ def test_09_behaviour_is_bracketed_by_two_radii() -> None:
         assert everywhere.reachable == everywhere.rho
 
 
+def test_09_reached_states_are_found_by_search() -> None:
+    chain = np.zeros((6, 2, 6))
+    chain[np.arange(6), 0, np.minimum(np.arange(6) + 1, 4)] = 1
+    chain[:, 1, 5] = 1
+    R = np.array([[1.0, 0.0]] * 4 + [[1.0, 0.5]] + [[1.0, 1.0 - 1e-6]])
+    start = np.eye(6)[0]
+    for P in (chain, sparse(chain)):
+        found = stability_radius(R, P, 0.0, start)
+        assert found.rho == pytest.approx(5e-7)
+        assert found.reachable == pytest.approx(0.25)
+
+
 def test_09_nothing_to_choose_has_no_radius() -> None:
     rho, pair, witness = stability_radius(np.zeros((2, 1)), np.full((2, 1, 2), 0.5), GAMMA)
     assert rho == math.inf
