@@ -142,6 +142,17 @@ def test_00_the_soft_solution_is_stable_at_small_temperatures() -> None:
     np.testing.assert_allclose(cold.V, hard.V, atol=1e-6)
 
 
+def test_00_probabilities_near_one_are_exact() -> None:
+    # logits of 10^4 and more, where exp(logit - log sum exp) is good to 10^-12 only
+    R, P = np.array([[10.0, 10.0 - 2e-2]]), np.ones((1, 2, 1))
+    for gamma in (0.0, 0.9):
+        policy = soft_solve(R, P, gamma, 1e-3).policy[0]
+        assert 1 - policy[0] == pytest.approx(1 / (1 + math.exp(20)), rel=1e-6)
+        assert policy.sum() == pytest.approx(1, abs=1e-15)
+    law = TokenTree(2, 1).gibbs(R[0], 1e-3).law
+    assert 1 - law[0] == pytest.approx(1 / (1 + math.exp(20)), rel=1e-6)
+
+
 def test_00_ten_thousand_states_are_solved_sparse() -> None:
     rng = np.random.default_rng(0)
     states, actions = 10_000, 3

@@ -13,7 +13,7 @@ from uncollapse.policy.policy_cliff.dynamics import (
     Policy,
     Transitions,
     finite_products,
-    log_sum_exp,
+    softmax,
 )
 
 TIE = 1e-9
@@ -188,7 +188,5 @@ def _log_base(R: np.ndarray, base_policy: Policy | None) -> np.ndarray:
 
 def _softmax(Q: np.ndarray, alpha: float, log_base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """pi, V and log(pi / base); base 1 stands for the entropy case."""
-    logits = Q / alpha + log_base
-    scaled = log_sum_exp(logits)
-    policy = np.exp(logits - scaled[:, None])
+    policy, scaled = softmax(Q / alpha + log_base)
     return policy, alpha * scaled, Q / alpha - scaled[:, None]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.policy.policy_cliff.dynamics import log_sum_exp
+from uncollapse.policy.policy_cliff.dynamics import softmax
 from uncollapse.policy.policy_cliff.mdp import TIE
 
 Leaves = Float[np.ndarray, "*batch leaf"]
@@ -73,9 +73,9 @@ class TokenTree:
         for t in reversed(range(self.depth)):
             ahead = np.where(np.isneginf(values[0]), -np.inf, gamma * np.maximum(values[0], -_HUGE))
             Q = self._split(rewards[t] + ahead)
-            V = alpha * log_sum_exp(Q / alpha)
-            policies.insert(0, _law(Q / alpha, V / alpha))
-            values.insert(0, V)
+            policy, scaled = softmax(Q / alpha)
+            policies.insert(0, policy)
+            values.insert(0, alpha * scaled)
         return TreeSolution(tuple(values), tuple(policies), self._answers(policies))
 
     def hard(self, leaf_reward: Leaves, *, tolerance: float | None = None) -> TreeSolution:
@@ -168,12 +168,6 @@ class TokenTree:
         for policy in policies[1:]:
             law = (law[..., None] * policy).reshape(*law.shape[:-1], -1)
         return law
-
-
-def _law(scores: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """exp(scores - total); 0 below a prefix that no answer continues."""
-    dead = np.isneginf(total)
-    return np.where(dead[..., None], 0.0, np.exp(scores - np.where(dead, 0.0, total)[..., None]))
 
 
 def _slack(leaves: np.ndarray) -> float:
