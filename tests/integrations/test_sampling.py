@@ -120,9 +120,17 @@ def test_rows_on_top_are_shared_out_to_the_steps_and_leave_the_metrics_alone(tmp
     assert trainer.generation_config.temperature == 1.0
 
 
-def test_rows_on_top_that_the_micro_batches_cannot_share_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"8 micro-batches .* cannot share equally"):
-        run(tmp_path, recipe=HOTTER, steps_per_generation=8, per_device_train_batch_size=2)
+def test_idle_rows_fill_up_what_the_micro_batches_could_not_share_equally(tmp_path):
+    plain, a = run(tmp_path / "a", Recording, recipe=HOTTER, per_device_train_batch_size=8)
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    filled, b = run(tmp_path / "b", Recording, recipe=HOTTER, **split)
+    assert len(plain.last) == 12
+    assert len(filled.last) == 16
+    idle = ~filled.last.mask.any(dim=1)
+    assert int(idle.sum()) == 4
+    assert not filled.last.columns["scale"][idle].any()
+    for x, y in zip(a.gradients[0], b.gradients[0], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
 
 
 def test_a_rollout_function_knows_no_prefixes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from uncollapse.errors import ConfigError, DataError
-from uncollapse.policy.batch import PARTS, Batch, Clock
+from uncollapse.errors import DataError
+from uncollapse.policy.batch import PARTS, Batch, Clock, join
 from uncollapse.policy.stages.segments import equal_groups
 
 LEFT_PADDED = frozenset({"prompt_ids", "prompt_mask"})
@@ -134,8 +135,8 @@ def _rows(group: Int[Tensor, " group"], size: int) -> Int[Tensor, " row"]:
 def shuffled_groups(rollout: Batch, rows: Int[Tensor, " row"], chunks: int) -> Int[Tensor, " row"]:
     """An order of this process's rows, numbers `rows` in the rollout batch, that is going to be cut into equal `chunks`.
 
-    Whole groups are shuffled by a hash. Rows that are not the policy's (column `part`) are shared out equally, so that
-    no optimiser step has all of them. Raises `ConfigError` where their number does not allow that.
+    Whole groups are shuffled by a hash. Rows that are not the policy's (column `part`), a multiple of `chunks`, are shared
+    out equally, so that no optimiser step has all of them.
     """
     group = rollout.group[rows]
     key = rollout.clock.uniform(group, 1, "order-of-groups")[:, 0]
@@ -143,13 +144,21 @@ def shuffled_groups(rollout: Batch, rows: Int[Tensor, " row"], chunks: int) -> I
     if "part" not in rollout.columns:
         return order
     extra = rollout.columns["part"][rows][order] != PARTS["policy"]
-    if int(extra.sum()) % chunks:
-        raise ConfigError(
-            f"the sampler adds {int(extra.sum())} rows to a rollout of {int((~extra).sum())}, which {chunks} micro-batches "
-            "(steps_per_generation) cannot share equally; change its share of prompts or the batch size"
-        )
     shares = order[extra].reshape(chunks, -1)
     return torch.cat([torch.cat(both) for both in zip(order[~extra].chunk(chunks), shares, strict=True)])
+
+
+def with_idle_rows(batch: Batch, count: int) -> Batch:
+    """The batch with `count` rows more that take no part in anything: no token, no weight, a group of their own each."""
+    idle = batch[torch.zeros(count, dtype=torch.long, device=batch.mask.device)]
+    fresh = int(batch.group.max()) + 1 + torch.arange(count, device=batch.group.device)
+    columns = {
+        "group": fresh,
+        "reward": torch.zeros_like(idle.reward),
+        "scale": torch.zeros_like(idle.columns["scale"]),
+        "part": torch.full_like(idle.columns["part"], PARTS["tempered"]),
+    }
+    return join([batch, replace(idle, mask=torch.zeros_like(idle.mask)).with_columns(**columns)])
 
 
 def ordered(output: Mapping[str, Any], order: Int[Tensor, " row"]) -> dict[str, Any]:

@@ -36,7 +36,14 @@ from uncollapse.errors import ConfigError
 from uncollapse.integrations import offers
 from uncollapse.integrations.responses import response_columns
 from uncollapse.integrations.rollout_dump import RolloutDump
-from uncollapse.integrations.rounds import LEFT_PADDED, check_groups, fill_dead, ordered, shuffled_groups
+from uncollapse.integrations.rounds import (
+    LEFT_PADDED,
+    check_groups,
+    fill_dead,
+    ordered,
+    shuffled_groups,
+    with_idle_rows,
+)
 from uncollapse.integrations.sampling import SamplingEngine
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
@@ -274,15 +281,24 @@ class GRPOTrainer(trl.GRPOTrainer):
             pad_id=self._tokenizer.pad_token_id,
         )
         sampler = self.recipe.sampler
-        batch = sampler(engine, inputs[:: self.num_generations], clock)
+        batch = self._filled_up(sampler(engine, inputs[:: self.num_generations], clock), len(inputs))
         output = engine.rows(batch)
         self._metrics["train"]["sampler/oversampling"].append(engine.generated / len(inputs))
         self._metrics["train"].pop("frac_reward_zero_std", None)  # TRL saw groups of one
         local = self._local_batch(output, batch.reward, clock)
-        groups = int(batch.group.max()) + 1
-        given = {name: batch.columns[name] for name in getattr(sampler, "gives", ())}
+        groups = int(self.accelerator.gather(batch.group.max()).max()) + 1
+        given = {name: batch.columns[name] for name in getattr(sampler, "gives", ()) if name in batch.columns}
         given["group"] = batch.group + groups * self.accelerator.process_index
-        return output, local.with_columns(**given)
+        taken = batch.mask.any(dim=1, keepdim=True)  # by no idle row
+        return output, replace(local, mask=local.mask & taken).with_columns(**given)
+
+    def _filled_up(self, batch: Batch, rows: int) -> Batch:
+        """Idle rows after those on top of `rows`, so that processes and micro-batches get equally many of them."""
+        extra = self.accelerator.gather(torch.tensor(len(batch) - rows, device=batch.mask.device))
+        chunks = self.args.steps_per_generation
+        wanted = -(-int(extra.max()) // chunks) * chunks
+        missing = rows + wanted - len(batch)
+        return with_idle_rows(batch, missing) if missing else batch
 
     def _round(
         self, rows: list[dict[str, Any]], temperature: float, prefixes: Sequence[Sequence[int]] | None
