@@ -19,7 +19,12 @@ from uncollapse.policy.stages.samplers import DynamicSampler
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 NAMES = [
-    name for name, made in recipes().items() if not made.refusals(offers.TRL) and not made.split_dependent
+    name
+    for name, made in recipes().items()
+    if not made.refusals(offers.TRL)
+    and not made.split_dependent
+    and "part"
+    not in getattr(made.sampler, "gives", ())  # each process samples a share of its own prompts again
 ]
 
 

@@ -116,7 +116,7 @@ class TemperedSampler(_SteeredSampler):
     """The ordinary groups, and a `share` of the prompts again at the controller's temperature, weighing `alpha` in the loss.
 
     At least one whole group is sampled again, so with few prompts the extra cost is above `share`; which prompts is
-    decided by the clock. The loss becomes (mean over the policy's rows) + alpha (mean over the tempered rows), each with
+    decided by the clock; of several processes each takes the share of its own prompts. The loss becomes (mean over the policy's rows) + alpha (mean over the tempered rows), each with
     the recipe's reduction; all `samples` answers of a tempered prompt stay, right or wrong. With several optimiser steps
     per rollout each step takes these means over its own rows. `alpha=0` samples nothing twice and is the recipe without.
     Goes with `tempered-positives`: with group advantages hot wrong answers would be pushed away, which hastens collapse.
