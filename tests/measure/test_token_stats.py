@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure.min_p import LogMassAbove
 from uncollapse.measure.statistics import (
     Collision,
     Entropy,
@@ -36,6 +37,7 @@ ALL = (
     NucleusEntropy(0.8, "released"),
     TopKMass(5),
     LogKeptMass(0.1),
+    LogMassAbove(0.02),
 )
 LEAN = (Logp(), Entropy())
 
@@ -83,6 +85,8 @@ def naive(stat, logits, token):
             return p.topk(k, -1).values.sum(-1)
         case LogKeptMass(kappa=kappa):
             return (p * (p > kappa * p.max(-1, keepdim=True).values)).sum(-1).log()
+        case LogMassAbove(tau=tau):
+            return (p * ((p > tau) | (p >= p.max(-1, keepdim=True).values))).sum(-1).log()
     raise AssertionError(stat)
 
 

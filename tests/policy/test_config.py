@@ -140,7 +140,7 @@ def test_resolve_takes_names_recipes_and_mappings():
     assert resolve("grpo") == recipe("grpo")
     made = recipe("dapo")
     assert resolve(made) is made
-    with pytest.raises(UnknownName, match="did you mean gspo or grpo"):
+    with pytest.raises(UnknownName, match="did you mean gtpo or gspo or grpo"):
         resolve("gpro")
 
 
@@ -158,7 +158,10 @@ GOOD = "surrogate: ppo-clip\nadvantage: [group-advantage]\nmean: token\n"
             "name: x\nbase: grpo\nweigths: []\n",
             r"^recipe.yaml:3: unknown key 'weigths'; did you mean weights",
         ),
-        ("name: x\nbase: gpro\n", r"^recipe.yaml:2: base: unknown recipe 'gpro'; did you mean gspo or grpo"),
+        (
+            "name: x\nbase: gpro\n",
+            r"^recipe.yaml:2: base: unknown recipe 'gpro'; did you mean gtpo or gspo or grpo",
+        ),
         ("base: grpo\n", r"^recipe.yaml:1: a recipe needs a `name`"),
         (
             "name: x\nsurrogate: ppo-clip\n",
