@@ -382,6 +382,16 @@ def test_on_policy_the_pull_is_of_the_order_of_the_noise_mass() -> None:
         assert (slope < 0) == (mass < 0.5)
 
 
+def test_lifting_an_improbable_token_lifts_noise_where_another_dominates() -> None:
+    for p, up in (([0.05, 0.94, 0.008, 0.002], True), ([0.5, 0.3, 0.15, 0.05], False)):
+        pi = torch.tensor(p, dtype=F64)
+        step = 1e-6 * (torch.eye(4, dtype=F64)[0] - pi)
+        moved = ((pi.log() + step).log_softmax(-1) - pi.log()) / 1e-6
+        expected = (pi**2).sum() - pi[0] - pi
+        torch.testing.assert_close(moved[1:], expected[1:], rtol=0, atol=1e-5)
+        assert (moved[3] > 0) == up
+
+
 def test_the_full_divergence_lifts_all_kept_tokens_in_proportion() -> None:
     z = torch.tensor([2.0, 0.5, 0.0, -5.0], dtype=F64).requires_grad_()
     log_q, keep, log_mass = min_p_proxy(z.detach())
