@@ -504,6 +504,16 @@ def test_a_target_out_of_reach_is_said_once_and_no_longer_pushed_for() -> None:
         assert controller.saturated
 
 
+def test_a_recovery_takes_the_target_up_again() -> None:
+    controller = EntropyController(target=1.0, patience=10)
+    with pytest.warns(UserWarning, match="out of reach"):
+        drive(controller, [0.5 - 0.02 * i for i in range(15)])
+    assert controller.saturated
+    assert set(drive(controller, [0.2 + 0.01 * i for i in range(12)])) == {1.2}
+    assert not controller.saturated
+    assert controller.aim == 1.0
+
+
 def test_a_target_below_reach_is_not_pushed_for_either() -> None:
     controller = EntropyController(target=0.1, patience=6, mode="clip")
     with pytest.warns(UserWarning, match="out of reach"):

@@ -29,8 +29,8 @@ class EntropyController:
     After `patience` steps in a row at a bound of the temperature, with progress so slow that the target would take more
     than 20 times as many again, the target is out of reach. The controller says so once, sets `saturated` and stops
     pushing: it holds the level that was reached, hot below it (or cold above it), and between that level and the
-    target it samples at the policy's own temperature. It takes the target up again when the entropy crosses it.
-    `patience=0` never gives up, as the released code.
+    target it samples at the policy's own temperature. It takes the target up again once the entropy crosses it, or while
+    recovering from below that level moves fast enough. `patience=0` never gives up, as the released code.
     """
 
     target: float = 0.5
@@ -94,30 +94,42 @@ class EntropyController:
         self.recent = [*self.recent, (entropy, self.temperature)][-max(WINDOW, self.patience) :]
         self.entropy = entropy
         if self.held is not None:
-            crossed = entropy >= self.target if self.target > self.held else entropy <= self.target
-            if crossed:
-                self.held, self.recent = None, self.recent[-1:]
-        elif self.patience and len(self.recent) >= self.patience:
-            self._give_up_if_stuck()
+            upwards = self.target > self.held
+            crossed = entropy >= self.target if upwards else entropy <= self.target
+            beyond = entropy < self.held if upwards else entropy > self.held
+            if crossed or (beyond and self._in_reach()):
+                self.held = None
+        elif self._in_reach() is False:
+            self._give_up()
 
-    def _give_up_if_stuck(self) -> None:
+    def _in_reach(self) -> bool | None:
+        """Whether the pace of the last `patience` steps suffices; None unless all of them pushed as hard as they can."""
         window = self.recent[-self.patience :]
         pushes = {temperature for _, temperature in window}
-        if len(pushes) > 1 or pushes.isdisjoint((self.low, self.high)) or pushes == {1.0}:
-            return
-        half = self.patience // 2
-        before = sum(entropy for entropy, _ in window[:half]) / half
-        now = sum(entropy for entropy, _ in window[-half:]) / half
+        at_bound = len(pushes) == 1 and not pushes.isdisjoint({self.low, self.high} - {1.0})
+        if not self.patience or len(window) < self.patience or not at_bound:
+            return None
+        before, now = self._halves()
         gap = self.target - now
-        toward = math.copysign(1.0, gap) * (now - before) / (self.patience - half)  # nats per step
-        if toward * WINDOWS_AHEAD * self.patience >= abs(gap):
-            return
-        self.held = now
+        toward = (
+            math.copysign(1.0, gap) * (now - before) / (self.patience - self.patience // 2)
+        )  # nats per step
+        return toward * WINDOWS_AHEAD * self.patience >= abs(gap)
+
+    def _halves(self) -> tuple[float, float]:
+        """Mean entropy of the first and of the last half of the last `patience` steps."""
+        half = self.patience // 2
+        values = [entropy for entropy, _ in self.recent[-self.patience :]]
+        return sum(values[:half]) / half, sum(values[-half:]) / half
+
+    def _give_up(self) -> None:
+        temperature = self.recent[-1][1]
+        _, self.held = self._halves()
         if not self.warned:
             self.warned = True
             warnings.warn(
                 f"the target entropy of {self.target:g} nats is out of reach: {self.patience} steps at temperature "
-                f"{pushes.pop():g} led to {now:.3g} nats and hardly on; that level is held from here. Choose a target "
+                f"{temperature:g} led to {self.held:.3g} nats and hardly on; that level is held from here. Choose a target "
                 "nearer to it, a larger alpha, or advantages that are not divided by the group's deviation",
                 stacklevel=3,
             )
