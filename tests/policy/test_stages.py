@@ -217,3 +217,10 @@ def test_ratios_beyond_all_floats_have_finite_gradients(surrogate, far):
     )
     surrogate(batch, {}).sum().backward()
     assert torch.isfinite(logp.grad).all()
+
+
+def test_the_steered_entropy_is_that_of_the_rows_that_train():
+    entropy = torch.tensor([[1.0, 1.0], [5.0, 5.0]])
+    mask = torch.tensor([[True, True], [False, False]])  # the second row was dropped by a filter
+    batch = Batch(uid=torch.arange(2), mask=mask, stats={Entropy("old"): entropy})
+    assert AdaptiveEntropy(target=2.0, start=0.1).decide(batch)["coefficient"] == pytest.approx(0.1)

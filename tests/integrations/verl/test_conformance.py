@@ -77,6 +77,15 @@ def through_verl(name, seed, steps, *, ranks=1, micro=2, tokens=10_000, order=0)
     return workers, metrics, made
 
 
+def same_up_to_rounding(one, other):
+    """Whether two states are equal but for the last digits of their floats."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_up_to_rounding(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_up_to_rounding, one, other))
+    return one == pytest.approx(other, rel=1e-12) if isinstance(one, float) else one == other
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", RUNS)
 @given(
@@ -92,7 +101,7 @@ def test_the_same_loss_and_gradient_as_the_testbed(name, steps, seed, ranks, mic
         assert got == pytest.approx(loss, abs=1e-10)
         torch.testing.assert_close(regained, gradient, rtol=0, atol=1e-10)
     assert sum(g.abs().sum() for g in workers.gradients) > 0
-    assert repr(made.state_dict()) == repr(state)
+    assert same_up_to_rounding(made.state_dict(), state)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -64,7 +64,7 @@ class AdaptiveEntropy:
         return self.start if self.coefficient is None else self.coefficient
 
     def _entropy(self, batch: Batch) -> torch.Tensor:
-        return batch.stats[Entropy("old")].sum() / batch.mask.sum().clamp(min=1)
+        return torch.where(batch.mask, batch.stats[Entropy("old")], 0.0).sum() / batch.mask.sum().clamp(min=1)
 
     def decide(self, batch: Batch) -> Columns:
         """The coefficient of this step: 0 above the target."""
