@@ -24,7 +24,7 @@ from uncollapse.studies.testbeds.charlm import CharLM
 from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
 from uncollapse.studies.testbeds.tags import TAGS, TagsLab, examine, warm_up
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 0.03
 """What `calibrate` chose, before the run."""
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
