@@ -140,8 +140,8 @@ def test_resolve_takes_names_recipes_and_mappings():
     assert resolve("grpo") == recipe("grpo")
     made = recipe("dapo")
     assert resolve(made) is made
-    with pytest.raises(UnknownName, match="did you mean gtpo or gspo or grpo"):
-        resolve("gpro")
+    with pytest.raises(UnknownName, match="did you mean kl-cov"):
+        resolve("kl-cv")
 
 
 GOOD = "surrogate: ppo-clip\nadvantage: [group-advantage]\nmean: token\n"
@@ -158,10 +158,7 @@ GOOD = "surrogate: ppo-clip\nadvantage: [group-advantage]\nmean: token\n"
             "name: x\nbase: grpo\nweigths: []\n",
             r"^recipe.yaml:3: unknown key 'weigths'; did you mean weights",
         ),
-        (
-            "name: x\nbase: gpro\n",
-            r"^recipe.yaml:2: base: unknown recipe 'gpro'; did you mean gtpo or gspo or grpo",
-        ),
+        ("name: x\nbase: kl-cv\n", r"^recipe.yaml:2: base: unknown recipe 'kl-cv'; did you mean kl-cov"),
         ("base: grpo\n", r"^recipe.yaml:1: a recipe needs a `name`"),
         (
             "name: x\nsurrogate: ppo-clip\n",

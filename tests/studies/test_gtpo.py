@@ -55,9 +55,9 @@ def test_the_step_is_repeatable_and_gtpo_lifts_tags() -> None:
 
 
 def test_training_is_repeatable_and_arms_share_their_start() -> None:
-    gtpo = train(arms()["gtpo"], 0, TINY)
-    assert gtpo == train(arms()["gtpo"], 0, TINY)
-    grpo = train(arms()["grpo"], 0, TINY)
+    gtpo = train(arms()["gtpo"], 0, TINY, lr=1e-3)
+    assert gtpo == train(arms()["gtpo"], 0, TINY, lr=1e-3)
+    grpo = train(arms()["grpo"], 0, TINY, lr=1e-3)
     for name in experiment.SEEN:
         assert len(gtpo[name]) == 3
         assert gtpo[name][0] == grpo[name][0]
@@ -70,14 +70,13 @@ def test_calibration_takes_the_smallest_rate_that_grpo_cannot_bear(monkeypatch: 
 
     def told(made: Recipe, seed: int, size: Size, *, lr: float) -> dict[str, list[float]]:
         asked.append((made.name, seed, lr))
-        return {"format": [0.8, 0.8 - (0.1 if lr > 2e-3 else 0.01)]}
+        return {"format": [0.8, 0.8 - (0.1 if lr > 2e-3 else 0.01)], "reward": [0.5, 0.6]}
 
     monkeypatch.setattr(experiment, "train", told)
-    assert experiment.calibrate(TINY) == 3e-3
+    assert experiment.calibrate(TINY, "format") == 3e-3
     assert {(name, seed) for name, seed, _ in asked} == {("grpo-centred", s) for s in experiment.TUNING_SEEDS}
     assert set(range(Size().seeds)).isdisjoint(experiment.TUNING_SEEDS)
-    monkeypatch.setattr(experiment, "DEGRADED", 0.5)
-    assert experiment.calibrate(TINY) is None
+    assert experiment.calibrate(TINY, "reward") is None
 
 
 def test_a_flattened_model_is_above_ln_2_and_spared() -> None:

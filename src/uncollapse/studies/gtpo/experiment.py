@@ -24,15 +24,15 @@ from uncollapse.studies.testbeds.charlm import CharLM
 from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
 from uncollapse.studies.testbeds.tags import TAGS, TagsLab, examine, warm_up
 
-LEARNING_RATE = 3e-3
-"""What `calibrate` chose, before the run."""
+RATES = {"format": 0.03, "reward": 0.003}
+"""Smallest rates at which centred GRPO degrades in its format and in its reward: what `calibrate` chose, before the runs."""
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 TUNING_SEEDS = (1000, 1001)
 """No seeds of the study."""
 
 DEGRADED = 0.05
-"""How much of its format GRPO has to lose for a learning rate to be called too high for it."""
+"""How much of its format, or of the largest reward, GRPO has to lose for a learning rate to be called too high for it."""
 
 PROMPTS = 8
 """Prompts per step, with 8 answers each; one optimiser step per rollout batch, as the method demands."""
@@ -40,7 +40,7 @@ PROMPTS = 8
 SMALL_STEP = 1e-6
 """Learning rate of the exact step of E1: small enough that only the direction counts."""
 
-SEEN = ("format", "accuracy", "entropy", "length", "tags")
+SEEN = ("format", "accuracy", "reward", "entropy", "length", "tags")
 LOGGED = (
     "entropy_filter/kept/frac",
     "entropy/initial/mean",
@@ -84,7 +84,7 @@ QUICK = Size(seeds=2, steps=4, every=2, warm_up_steps=60, looks_at=64, step_prom
 
 
 def train(
-    chosen: Recipe, seed: int, size: Size, *, lr: float = LEARNING_RATE, policy: CharLM | None = None
+    chosen: Recipe, seed: int, size: Size, *, lr: float, policy: CharLM | None = None
 ) -> dict[str, list[float]]:
     """Train the warmed-up model with Adam, gradient norm at most 1; equal seeds give equal starts and prompts.
 
@@ -116,13 +116,13 @@ def train(
     return curves
 
 
-def calibrate(size: Size) -> float | None:
-    """The smallest learning rate of the grid at which centred GRPO loses format on every tuning seed, if there is one.
+def calibrate(size: Size, name: str) -> float | None:
+    """The smallest learning rate of the grid at which centred GRPO loses format, or reward, on every tuning seed.
 
     Only GRPO is looked at, so that the choice knows nothing of how the methods compare.
     """
     for lr in GRID:
-        curves = [train(arms()["grpo"], seed, size, lr=lr)["format"] for seed in TUNING_SEEDS]
+        curves = [train(arms()["grpo"], seed, size, lr=lr)[name] for seed in TUNING_SEEDS]
         if all(curve[-1] <= curve[0] - DEGRADED for curve in curves):
             return lr
     return None
@@ -227,7 +227,7 @@ def high_start(seed: int, size: Size) -> dict[str, list[float]]:
     with torch.no_grad():
         policy.head.weight *= 0.2
     short = replace(size, steps=size.high_steps, every=size.high_steps)
-    return train(arms()["gtpo"], seed, short, policy=policy)
+    return train(arms()["gtpo"], seed, short, lr=RATES["format"], policy=policy)
 
 
 def _measure_filter(
@@ -247,25 +247,25 @@ def _measure_filter(
 
 
 def _measure_training(
-    runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], seeds: Sequence[int]
+    bed: str, runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], seeds: Sequence[int]
 ) -> dict[str, Estimate]:
     estimates = {}
     last = {arm: {n: [run[n][-1] for run in several] for n in SEEN} for arm, several in runs.items()}
     for arm, several in runs.items():
         for name in SEEN:
             first = [run[name][0] for run in several]
-            estimates[f"train/{arm}/{name}"] = mean_over_seeds(last[arm][name], seeds)
-            estimates[f"train/{arm}/{name}-change"] = paired_difference(last[arm][name], first, seeds)
+            estimates[f"{bed}/{arm}/{name}"] = mean_over_seeds(last[arm][name], seeds)
+            estimates[f"{bed}/{arm}/{name}-change"] = paired_difference(last[arm][name], first, seeds)
         for name in LOGGED:
             if name in several[0]:
                 means = [sum(run[name]) / len(run[name]) for run in several]
-                estimates[f"train/{arm}/{name}"] = mean_over_seeds(means, seeds)
+                estimates[f"{bed}/{arm}/{name}"] = mean_over_seeds(means, seeds)
     for name in SEEN:
-        estimates[f"train/start/{name}"] = mean_over_seeds([run[name][0] for run in runs["grpo"]], seeds)
+        estimates[f"{bed}/start/{name}"] = mean_over_seeds([run[name][0] for run in runs["grpo"]], seeds)
         for arm in runs:
             for control in ("grpo", "gtpo"):
                 if arm != control:
-                    estimates[f"train/{arm}-minus-{control}/{name}"] = paired_difference(
+                    estimates[f"{bed}/{arm}-minus-{control}/{name}"] = paired_difference(
                         last[arm][name], last[control][name], seeds
                     )
     return estimates
@@ -275,19 +275,29 @@ def measure(quick: bool, trials: Trials) -> Measurements:
     """Run E1, E2 and E3."""
     size = QUICK if quick else Size()
     seeds, recipes = tuple(range(size.seeds)), arms()
-    trials.plan((len(recipes) + 2) * size.seeds)
+    trials.plan((len(RATES) * len(recipes) + 2) * size.seeds)
     steps = [trials.trial(f"E1 seed {seed}", partial(one_step, seed, size)) for seed in seeds]
     runs = {
-        arm: [trials.trial(f"E2 {arm} seed {seed}", partial(train, made, seed, size)) for seed in seeds]
-        for arm, made in recipes.items()
+        bed: {
+            arm: [
+                trials.trial(f"E2 {bed} {arm} seed {seed}", partial(train, made, seed, size, lr=lr))
+                for seed in seeds
+            ]
+            for arm, made in recipes.items()
+        }
+        for bed, lr in RATES.items()
     }
     high = [trials.trial(f"E3 high seed {seed}", partial(high_start, seed, size)) for seed in seeds]
     estimates = _measure_step(steps, seeds)
-    estimates |= _measure_training(runs, seeds)
-    estimates |= _measure_filter(high, runs["gtpo"])
+    for bed, several in runs.items():
+        estimates |= _measure_training(f"{bed}-rate", several, seeds)
+    estimates |= _measure_filter(high, [run for several in runs.values() for run in several["gtpo"]])
     shown = ("step", *SEEN)
     details: dict[str, Any] = {
-        "runs": {arm: [{n: run[n] for n in shown} for run in several] for arm, several in runs.items()},
+        "runs": {
+            bed: {arm: [{n: run[n] for n in shown} for run in several] for arm, several in made.items()}
+            for bed, made in runs.items()
+        },
         "step": steps,
     }
     return Measurements(estimates, details, seeds)

@@ -184,6 +184,12 @@ class Examination:
     length: float
     tags: float
 
+    @property
+    def reward(self) -> float:
+        """Mean reward as a share of the largest."""
+        largest = FORMAT_REWARD + ANSWER_REWARD
+        return (FORMAT_REWARD * self.format + ANSWER_REWARD * self.accuracy) / largest
+
 
 @torch.no_grad()
 def examine(model: CharLM, seed: int, *, count: int = 512) -> Examination:
