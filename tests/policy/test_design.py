@@ -250,3 +250,14 @@ def test_rows_continue_their_prefix_which_is_outside_the_mask():
     present = batch.mask | (torch.arange(6) < batch.columns["prefix"][:, None])
     expected = TableLab().reward([0, 1, 2, 3], batch.ids, present)
     assert torch.equal(batch.reward, expected)
+
+
+def test_a_transform_remembers_only_what_the_policy_itself_did():
+    method = replace(recipe("gtpo"), name="gtpo-with-more-rows")
+    _, batch = prepared(method)
+    half = torch.arange(40) < 20
+    batch = batch.with_columns(part=half.long(), scale=torch.ones(40, dtype=torch.float64))
+    alone = recipe("gtpo")
+    method.observe(batch)
+    alone.observe(batch[~half])
+    assert method.weights[1].initial_entropy == alone.weights[1].initial_entropy is not None
