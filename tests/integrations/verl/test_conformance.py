@@ -100,7 +100,8 @@ def test_the_same_loss_and_gradient_as_the_testbed(name, steps, seed, ranks, mic
     for (loss, gradient, _), got, regained in zip(expected, workers.losses, workers.gradients, strict=True):
         assert got == pytest.approx(loss, abs=1e-10)
         torch.testing.assert_close(regained, gradient, rtol=0, atol=1e-10)
-    assert sum(g.abs().sum() for g in workers.gradients) > 0
+    # The filter of the one has no exemption for a start as uncertain as this.
+    assert (sum(g.abs().sum() for g in workers.gradients) > 0) != (name == "gtpo-released")
     assert same_up_to_rounding(made.state_dict(), state)
 
 

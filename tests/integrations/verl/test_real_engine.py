@@ -174,6 +174,10 @@ ABLE = (n for n, made in recipes().items() if not refusals(made)["engine"] and n
 RUNS = [*ABLE, *EXTRA]
 
 
+SILENT = {"gtpo-released"}
+"""Recipes that learn nothing from models as uncertain as these: their filter has no exemption for a high start."""
+
+
 @pytest.mark.parametrize("kind", real.MODELS)
 @pytest.mark.parametrize("name", RUNS)
 def test_two_optimiser_steps_end_at_the_weights_of_the_testbed(models, kind, name):
@@ -182,7 +186,8 @@ def test_two_optimiser_steps_end_at_the_weights_of_the_testbed(models, kind, nam
     training_worker = real.worker(folder)
     metrics, _ = through_verl(real.Group(training_worker), name)
     found = real.parameters(training_worker)
-    assert largest_gap(found, dict(pretrained(folder).state_dict())) > 1e-3
+    moved = largest_gap(found, dict(pretrained(folder).state_dict()))
+    assert (moved > 1e-3) != (name in SILENT)
     assert largest_gap(found, expected) < (1e-10 if kind == "stablelm" else 1e-6)
     assert len(metrics["loss/surrogate"]) == len(metrics["actor/grad_norm"]) == STEPS
 
