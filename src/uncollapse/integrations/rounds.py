@@ -53,8 +53,7 @@ def replace_rows(
     for name, old in output.items():
         new = fresh.get(name)
         if isinstance(old, Tensor) and old.ndim > 0 and isinstance(new, Tensor):
-            fill = pad_id if name.endswith("_ids") else 0
-            old, new = _same_width(old, new, fill, left=name in LEFT_PADDED)
+            old, new = _same_width(name, old, new, pad_id)
             old = old.clone()
             old[into] = new[source]
         merged[name] = old
@@ -69,19 +68,21 @@ def stacked(outputs: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Any]
             del whole[name]
         for name, value in whole.items():
             if isinstance(value, Tensor) and value.ndim:
-                fill = pad_id if name.endswith("_ids") else 0
-                whole[name] = torch.cat(_same_width(value, more[name], fill, left=name in LEFT_PADDED))
+                whole[name] = torch.cat(_same_width(name, value, more[name], pad_id))
     return whole
 
 
-def _same_width(old: Tensor, new: Tensor, fill: int, *, left: bool) -> tuple[Tensor, Tensor]:
+def _same_width(name: str, old: Tensor, new: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Two tensors of a generation batch by their name in it, the shorter one padded."""
     if old.ndim < 2:
         return old, new
     width = max(old.shape[1], new.shape[1])
+    fill = pad_id if name.endswith("_ids") else 0
 
     def widen(value: Tensor) -> Tensor:
         missing = width - value.shape[1]
-        return torch.nn.functional.pad(value, (missing, 0) if left else (0, missing), value=fill)
+        sides = (missing, 0) if name in LEFT_PADDED else (0, missing)
+        return torch.nn.functional.pad(value, sides, value=fill)
 
     return widen(old), widen(new)
 

@@ -48,7 +48,7 @@ from uncollapse.policy.config.names import register_stage
 from uncollapse.policy.protocols import Metrics, Needs, Scope
 from uncollapse.policy.recipe import register
 from uncollapse.policy.reduction import Mean
-from uncollapse.policy.stages.surrogates import ratio_of
+from uncollapse.policy.stages.surrogates import clipped_loss, ratio_of, silenced_by_clip
 from uncollapse.policy.stats import Logp
 
 __all__ = [
@@ -196,7 +196,7 @@ def clipped_surrogate(
     """
     _one_of("agg", agg, Aggregation)
     r, a = torch.where(mask, ratio, 1.0), torch.where(mask, adv, 0.0)
-    loss = torch.where(mask, _token_loss(r, a, low, high, dual_clip), 0.0)
+    loss = torch.where(mask, clipped_loss(r, a, *_bounds(r, low, high), dual_clip), 0.0)
     if agg == "token-mean":
         return loss.sum() / mask.sum().clamp(min=1)
     length = mask.sum(1)
@@ -327,21 +327,10 @@ def _share(positive: Tensor, negative: Tensor) -> Tensor:
     return torch.where(total > 0, positive / torch.where(total > 0, total, 1.0), 1.0)
 
 
-def _both(
-    ratio: Tensor, advantage: Tensor, low: float | Tensor, high: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Loss per token without and with the clip."""
-    low, high = (torch.as_tensor(b, dtype=ratio.dtype, device=ratio.device) for b in (low, high))
-    return -advantage * ratio, -advantage * ratio.clamp(low, high)
-
-
-def _token_loss(
-    ratio: Tensor, advantage: Tensor, low: float | Tensor, high: float | Tensor, dual: float | None
-) -> Tensor:
-    loss = torch.maximum(*_both(ratio, advantage, low, high))
-    if dual is None:
-        return loss
-    return torch.where(advantage < 0, torch.minimum(loss, -dual * advantage), loss)
+def _bounds(ratio: Tensor, low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Both bounds as tensors beside the ratio."""
+    low, high = (torch.as_tensor(bound, dtype=ratio.dtype, device=ratio.device) for bound in (low, high))
+    return low, high
 
 
 # ---- stage and recipes -------------------------------------------------------------------------------------------
@@ -395,16 +384,13 @@ class BalancedClip:
 
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss."""
-        return _token_loss(ratio_of(batch), batch.advantage, own["low"], own["high"], self.dual)
+        ratio = ratio_of(batch)
+        return clipped_loss(ratio, batch.advantage, *_bounds(ratio, own["low"], own["high"]), self.dual)
 
     def clipped(self, batch: Batch, own: Columns) -> TokenMask:
         """Tokens that the clip, single or dual, has silenced."""
-        free, bounded = _both(ratio_of(batch), batch.advantage, own["low"], own["high"])
-        silenced = bounded > free
-        if self.dual is None:
-            return silenced
-        ceiling = -self.dual * batch.advantage
-        return silenced | ((batch.advantage < 0) & (torch.maximum(free, bounded) > ceiling))
+        ratio = ratio_of(batch)
+        return silenced_by_clip(ratio, batch.advantage, *_bounds(ratio, own["low"], own["high"]), self.dual)
 
     def metrics(self, batch: Batch, own: Columns) -> Metrics:
         """What the search did, as means over the rows that train: a step counts by its rows."""

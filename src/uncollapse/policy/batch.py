@@ -144,6 +144,13 @@ class Batch:
             stats={stat: value[picked] for stat, value in self.stats.items()},
         )
 
+    def of_parts(self, *names: str) -> Batch:
+        """The rows of these parts; without the column `part` every row is of part `policy`."""
+        if "part" not in self.columns:
+            return self if "policy" in names else self[:0]
+        codes = torch.tensor(sorted(PARTS[name] for name in names), device=self.mask.device)
+        return self[torch.isin(self.columns["part"], codes)]
+
     def view(self, needs: frozenset[str | Stat], reader: str) -> Batch:
         """The same batch, in which a read outside `needs` raises `UndeclaredRead`."""
         return replace(

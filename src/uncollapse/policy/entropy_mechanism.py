@@ -36,7 +36,7 @@ from uncollapse.policy.protocols import Needs, Scope
 from uncollapse.policy.recipe import Weighted, register
 from uncollapse.policy.reduction import Mean
 from uncollapse.policy.stages.filters import DropDeadGroups
-from uncollapse.policy.stages.surrogates import PPOClip, Unclipped, log_ratio
+from uncollapse.policy.stages.surrogates import PPOClip, Unclipped, clip_losses, log_ratio
 from uncollapse.policy.stats import Logp
 
 __all__ = [
@@ -269,7 +269,7 @@ def _ppo_losses(
 ) -> tuple[Tensor, Tensor]:
     ratio = _log_ratio(logp, old_logp, mask).exp()
     a = torch.where(mask, advantage, 0.0)
-    return -a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high)
+    return clip_losses(ratio, a, 1 - clip_low, 1 + clip_high)
 
 
 def _log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.measure.covariance import FRACTIONS, covariance_profile, token_covariance
-from uncollapse.policy.batch import PARTS, Batch, Stat
+from uncollapse.policy.batch import Batch, Stat
 from uncollapse.policy.recipe import Recipe
 from uncollapse.policy.stages.segments import equal_groups, group_index
 from uncollapse.policy.stats import Entropy, Logp
@@ -27,7 +27,7 @@ def rollout_metrics(raw: Batch, prepared: Batch) -> dict[str, float]:
     NaN where there is nothing to measure. Only rows of part `policy` count: tempered or replayed ones are not what the
     policy does.
     """
-    raw, prepared = _on_policy(raw), _on_policy(prepared)
+    raw, prepared = raw.of_parts("policy"), prepared.of_parts("policy")
     reward = raw.reward[~torch.isnan(raw.reward)].double()
     index, groups = group_index(raw.group)
     entropy = raw.stats[Entropy("old")][raw.mask].double()
@@ -49,10 +49,6 @@ def rollout_metrics(raw: Batch, prepared: Batch) -> dict[str, float]:
     }
     tops = zip(profile.fractions, profile.mean.tolist(), strict=True)
     return found | {f"covariance/top/{fraction:g}": value for fraction, value in tops}
-
-
-def _on_policy(batch: Batch) -> Batch:
-    return batch[batch.columns["part"] == PARTS["policy"]] if "part" in batch.columns else batch
 
 
 def _mean(values: Tensor) -> float:

@@ -36,8 +36,6 @@ from uncollapse.policy.reduction import Mean, Sum
 from uncollapse.policy.schedules import Schedule, value_at
 from uncollapse.policy.stats import Logp
 
-_POLICY = frozenset({"policy"})
-
 TRANSFORM_SLOTS = ("rewards", "filters", "advantage", "weights")
 
 
@@ -258,9 +256,8 @@ class Recipe:
         """
         for key, stage in self.stages():
             if isinstance(stage, Memory):
-                seen = (
-                    _of_parts(batch, _POLICY) if isinstance(stage, Transform) else self._seen_by(key, batch)
-                )
+                own = isinstance(stage, Transform)
+                seen = batch.of_parts("policy") if own else self._seen_by(key, batch)
                 stage.observe(seen.old_as_now().view(stage.needs | _gives(stage), key))
 
     # ---- state ---------------------------------------------------------------------------------------------
@@ -286,7 +283,7 @@ class Recipe:
     def _seen_by(self, key: str, batch: Batch) -> Batch:
         """The rows of the parts that a term applies to; all rows for any other stage."""
         parts = next((slot.parts for slot in self._slots if slot.key == key), frozenset(PARTS))
-        return _of_parts(batch, parts)
+        return batch if parts == frozenset(PARTS) else batch.of_parts(*parts)
 
     @torch.no_grad()
     def _stage_metrics(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -341,13 +338,6 @@ class Recipe:
             "clip/low/frac": ((clipped & ~ahead).double().sum(), weight),
             "kl/old/k3": ((log_ratio.exp() - 1 - log_ratio).sum(), weight),
         }
-
-
-def _of_parts(batch: Batch, parts: frozenset[str]) -> Batch:
-    if "part" not in batch.columns or parts == frozenset(PARTS):
-        return batch
-    codes = torch.tensor(sorted(PARTS[name] for name in parts), device=batch.mask.device)
-    return batch[torch.isin(batch.columns["part"], codes)]
 
 
 def _gives(stage: Stage) -> frozenset[str]:

@@ -49,7 +49,7 @@ from uncollapse.policy.protocols import Metrics, Needs, Scope
 from uncollapse.policy.recipe import register
 from uncollapse.policy.reduction import Mean
 from uncollapse.policy.stages.segments import group_index
-from uncollapse.policy.stages.surrogates import PPOClip
+from uncollapse.policy.stages.surrogates import PPOClip, clipped_loss, silenced_by_clip
 from uncollapse.policy.stats import Collision, Entropy, Logp
 
 __all__ = [
@@ -185,18 +185,16 @@ def steer_loss(
     log_ratio = torch.where(mask, log_prob.to(wide) - old_log_prob.to(wide), 0.0)
     a = torch.where(mask, advantages, 0.0).to(wide)
     ratio = log_ratio.clamp(-LOG_RATIO, LOG_RATIO).exp()
-    free, bounded = -a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high)
-    clipped = torch.maximum(free, bounded)
-    loss = torch.where(a < 0, torch.minimum(clipped, -dual * a), clipped)
+    clip = 1 - clip_low, 1 + clip_high, dual
+    loss, silenced = clipped_loss(ratio, a, *clip), silenced_by_clip(ratio, a, *clip)
     w = torch.where(mask, weights.detach(), 0.0)
     count = mask.sum().clamp(min=1)
-    above, below = (bounded > free) & (a > 0), (a < 0) & ((bounded > free) | (clipped > -dual * a))
     return (w * loss).sum() / count, {
         "steer/weight/mean": w.sum() / count,
         "steer/weight/min": torch.where(mask, w, torch.inf).amin() if mask.any() else w.new_zeros(()),
         "steer/weight/max": w.amax() if mask.any() else w.new_zeros(()),
-        "clip/high/frac": above.sum() / count,
-        "clip/low/frac": below.sum() / count,
+        "clip/high/frac": (silenced & (a > 0)).sum() / count,
+        "clip/low/frac": (silenced & (a < 0)).sum() / count,
     }
 
 

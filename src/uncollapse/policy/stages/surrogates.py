@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,28 @@ def ratio_of(batch: Batch) -> TokenMap:
     """pi / pi_old of the sampled token; its logarithm is bounded at +-20, as in verl, since an infinite ratio that the clip
     silences would still have the gradient 0 x inf."""
     return log_ratio(batch).clamp(-FARTHEST, FARTHEST).exp()
+
+
+def clip_losses(ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:
+    """`-A r` and `-A clip(r, low, high)`; bounds of the ratio, both numbers or both tensors."""
+    return -advantage * ratio, -advantage * ratio.clamp(low, high)
+
+
+def clipped_loss(ratio: Tensor, advantage: Tensor, low: Any, high: Any, dual: float | None) -> Tensor:
+    """The larger of both losses, for A < 0 at most `-dual A`."""
+    loss = torch.maximum(*clip_losses(ratio, advantage, low, high))
+    if dual is None:
+        return loss
+    return torch.where(advantage < 0, torch.minimum(loss, -dual * advantage), loss)
+
+
+def silenced_by_clip(ratio: Tensor, advantage: Tensor, low: Any, high: Any, dual: float | None) -> Tensor:
+    """Tokens whose gradient the clip, single or dual, takes away."""
+    free, bounded = clip_losses(ratio, advantage, low, high)
+    if dual is None:
+        return bounded > free
+    beyond = torch.maximum(free, bounded) > -dual * advantage
+    return (bounded > free) | ((advantage < 0) & beyond)
 
 
 @dataclass(frozen=True)
@@ -71,29 +94,13 @@ class PPOClip:
         """Nothing."""
         return {}
 
-    def _both(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        ratio = ratio_of(batch)
-        bounded = ratio.clamp(1 - self.low, 1 + self.high)
-        return -batch.advantage * ratio, -batch.advantage * bounded
-
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss."""
-        free, bounded = self._both(batch)
-        loss = torch.maximum(free, bounded)
-        if self.dual is None:
-            return loss
-        ceiling = -self.dual * batch.advantage
-        return torch.where(batch.advantage < 0, torch.minimum(loss, ceiling), loss)
+        return clipped_loss(ratio_of(batch), batch.advantage, 1 - self.low, 1 + self.high, self.dual)
 
     def clipped(self, batch: Batch, own: Columns) -> TokenMask:
         """Tokens that the clip, single or dual, has silenced."""
-        free, bounded = self._both(batch)
-        silenced = bounded > free
-        if self.dual is None:
-            return silenced
-        return silenced | (
-            (batch.advantage < 0) & (torch.maximum(free, bounded) > -self.dual * batch.advantage)
-        )
+        return silenced_by_clip(ratio_of(batch), batch.advantage, 1 - self.low, 1 + self.high, self.dual)
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,7 @@ class SequenceClip:
         difference = torch.where(batch.mask, log_ratio(batch), 0.0)
         length = batch.mask.sum(dim=1, keepdim=True).clamp(min=1)
         ratio = (difference.sum(dim=1, keepdim=True) / length).exp()
-        bounded = ratio.clamp(1 - self.low, 1 + self.high)
-        return -batch.advantage * ratio, -batch.advantage * bounded
+        return clip_losses(ratio, batch.advantage, 1 - self.low, 1 + self.high)
 
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss."""

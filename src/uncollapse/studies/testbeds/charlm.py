@@ -263,11 +263,10 @@ def sample(
 
 
 @dataclass(frozen=True)
-class CharLMLab:
-    """The lab for an engine: prompts are token ids, the policy a `CharLM`, the reward 1 for a right answer, else 0."""
+class CharacterLab:
+    """What worlds of the character model share: prompts are token ids, the policy a `CharLM`."""
 
-    token_limit: int = 32
-    digits: tuple[int, int] = (4, 4)
+    token_limit: int
 
     def sample(
         self,
@@ -284,15 +283,23 @@ class CharLMLab:
         ids, mask, _ = sample(policy, prompts, uniform, temperature=temperature, given=given)
         return ids, mask
 
-    def fresh_prompts(self, count: int, *, seed: int) -> list[tuple[int, ...]]:
-        """Prompts of the lab's difficulty."""
-        return make_prompts(torch.Generator().manual_seed(seed), count, digits=self.digits)
-
     def logits(
         self, policy: Any, prompts: Sequence[Sequence[int]], ids: Int[Tensor, "row time"]
     ) -> Float[Tensor, "row time vocab"]:
         """Logits that each token was drawn from."""
         return logits_of(policy, prompts, ids)
+
+
+@dataclass(frozen=True)
+class CharLMLab(CharacterLab):
+    """The lab for an engine; the reward is 1 for a right answer, else 0."""
+
+    token_limit: int = 32
+    digits: tuple[int, int] = (4, 4)
+
+    def fresh_prompts(self, count: int, *, seed: int) -> list[tuple[int, ...]]:
+        """Prompts of the lab's difficulty."""
+        return make_prompts(torch.Generator().manual_seed(seed), count, digits=self.digits)
 
     def reward(
         self, prompts: Sequence[Sequence[int]], ids: Int[Tensor, "row time"], mask: Bool[Tensor, "row time"]

@@ -16,7 +16,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,14 +24,13 @@ from torch.nn import functional as F
 
 from uncollapse.studies.testbeds.charlm import (
     PAD,
+    CharacterLab,
     CharLM,
     decode,
     encode,
     logits_of,
     pad_right,
-    sample,
 )
-from uncollapse.studies.testbeds.engine import Given
 
 TAGS = encode("?;+!")
 """Ids of the tags, in the order in which they belong."""
@@ -132,35 +130,14 @@ def _warm_up(seed: int, steps: int, batch: int, lr: float) -> CharLM:
 
 
 @dataclass(frozen=True)
-class TagsLab:
-    """The lab for an engine: prompts are token ids, the policy a `CharLM`, the reward 0, 10 or 20."""
+class TagsLab(CharacterLab):
+    """The lab for an engine; the reward is 0, 10 or 20."""
 
     token_limit: int = 20
-
-    def sample(
-        self,
-        policy: Any,
-        prompts: Sequence[Sequence[int]],
-        *,
-        temperature: float,
-        seed: int,
-        given: Given | None = None,
-    ) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:
-        """Ids and mask of one response per prompt."""
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(len(prompts), self.token_limit, generator=generator, dtype=torch.float64)
-        ids, mask, _ = sample(policy, prompts, uniform, temperature=temperature, given=given)
-        return ids, mask
 
     def fresh_prompts(self, count: int, *, seed: int) -> list[tuple[int, ...]]:
         """Random prompts."""
         return make_prompts(torch.Generator().manual_seed(seed), count)
-
-    def logits(
-        self, policy: Any, prompts: Sequence[Sequence[int]], ids: Int[Tensor, "row time"]
-    ) -> Float[Tensor, "row time vocab"]:
-        """Logits that each token was drawn from."""
-        return logits_of(policy, prompts, ids)
 
     def reward(
         self, prompts: Sequence[Sequence[int]], ids: Int[Tensor, "row time"], mask: Bool[Tensor, "row time"]
