@@ -35,6 +35,7 @@ COLUMNS = {
     "reward": "reward",
     "pass@8": "pass@8",
     "distinct": "distinct right",
+    "tokens": "tokens per useful answer",
     "cost": "time over grpo",
 }
 """What is shown of each recipe; not every field has all of them."""
@@ -48,7 +49,8 @@ ABOUT = {
     "tiny": (
         "The packaged language model on the task *modsum* (five digits whose sum ends in a given digit), with the settings of "
         "`uncollapse demo`: 16 prompts x 8 completions, two optimiser steps, 40 rollouts. Entropy and reward are those of the "
-        "last rollouts; pass@8 and *distinct right* are of 8 samples for each of 32 held-out prompts."
+        "last rollouts; pass@8 and *distinct right* are of 8 samples for each of 32 held-out prompts. *Tokens per useful answer* are all "
+        "tokens generated, over the answers that had an advantage other than zero."
     ),
 }
 
@@ -103,7 +105,8 @@ def on_tiny(recipe: Any, seed: int) -> dict[str, float]:
         "seconds": "time/step",
     }  # fmt: skip
     found = {key: arm.last(name) for key, name in names.items()}
-    return {key: value.mean for key, value in found.items() if value is not None}
+    tokens = {"tokens": arm.mean("sampler/tokens/per_useful")}
+    return {key: value.mean for key, value in (found | tokens).items() if value is not None}
 
 
 RUN = {"modsum": on_modsum, "tiny": on_tiny}

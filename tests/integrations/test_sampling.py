@@ -117,6 +117,11 @@ def test_rows_on_top_are_shared_out_to_the_steps_and_leave_the_metrics_alone(tmp
     for name in ("reward/mean", "entropy/token/mean", "length/mean"):
         assert first[name] == pytest.approx(same[name])
     assert first["sampler/oversampling"] == 1.25
+    useful = (
+        1 - same["reward/zero_variance_groups"]
+    )  # the hot rows scored alike and taught nothing, but had their tokens
+    assert same["sampler/tokens/per_useful"] == pytest.approx(same["length/mean"] / useful)
+    assert first["sampler/tokens/per_useful"] > same["sampler/tokens/per_useful"]
     assert trainer.generation_config.temperature == 1.0
 
 

@@ -735,8 +735,6 @@ def test_metrics_say_where_branches_start_and_what_tokens_are_worth():
     within, between = family_variance(batch.reward, batch.group, batch.columns["family"])
     assert total("cure/reward/within") == pytest.approx(float(within.mean()))
     assert total("cure/reward/between") == pytest.approx(float(between.mean()))
-    tokens = float(batch.columns["length"].sum()) / float(batch.mask.any(1).sum())
-    assert total("sampler/tokens/per_useful") == pytest.approx(tokens)
 
 
 def test_the_entropy_at_a_cut_is_that_of_the_branch_s_first_token():

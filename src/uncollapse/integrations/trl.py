@@ -48,7 +48,7 @@ from uncollapse.integrations.sampling import SamplingEngine
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
-from uncollapse.policy.metrics import rollout_metrics, rollout_stats
+from uncollapse.policy.metrics import rollout_metrics, rollout_stats, useful_rows
 from uncollapse.policy.protocols import OfVocabulary
 from uncollapse.policy.recipe import LossReport, Recipe
 from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
@@ -128,6 +128,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._old_stats: dict[Stat, Tensor] = {}
         self._buffered_inputs: list[dict[str, Any]] | None = None
         self._rollout: Batch | None = None
+        self._drawn_tokens: Tensor = torch.zeros((), dtype=torch.long)
         self._window: Batch | None = None
 
     def _show_vocabulary(self, sampler: OfVocabulary) -> None:
@@ -177,6 +178,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         self._finish_rollout()
         clock = Clock(step=self._rollouts, total=self._planned_rollouts(), seed=self.args.seed)
+        self._drawn_tokens = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
         output, batch = self._sampled(inputs, clock)
         self._rollout = self._gathered(batch.with_stats(self._rollout_stats(output, batch.mask)))
         if not self._one_forward:
@@ -187,7 +189,10 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _prepare_rollout(self, batch: Batch) -> None:
         self._rollout = self.recipe.prepare(batch)
-        for name, value in rollout_metrics(batch, self._rollout).items():
+        drawn = self.accelerator.gather(self._drawn_tokens).sum()
+        found = rollout_metrics(batch, self._rollout)
+        found["sampler/tokens/per_useful"] = float(drawn / useful_rows(self._rollout).sum().clamp(min=1))
+        for name, value in found.items():
             self._metrics["train"][name].append(value)
 
     @property
@@ -237,6 +242,7 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _drawn(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor]:
         """TRL's generation batch of these rows, and the rewards of all processes."""
         output = super()._generate_and_score_completions(rows)
+        self._drawn_tokens += output["completion_mask"].sum()
         # Beside the tokens, so that rows sampled again bring their statistics along.
         output |= {_column(stat): value for stat, value in self._old_stats.items()}
         self._old_stats = {}

@@ -6,6 +6,7 @@ Names are `area/name/statistic`. Entropies are those of the policy that sampled 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from uncollapse.measure.covariance import FRACTIONS, covariance_profile, token_covariance
@@ -49,6 +50,11 @@ def rollout_metrics(raw: Batch, prepared: Batch) -> dict[str, float]:
     }
     tops = zip(profile.fractions, profile.mean.tolist(), strict=True)
     return found | {f"covariance/top/{fraction:g}": value for fraction, value in tops}
+
+
+def useful_rows(prepared: Batch) -> Bool[Tensor, " row"]:
+    """Rows of a rollout batch that teach something: a token in the loss whose advantage is not 0."""
+    return ((prepared.advantage != 0) & prepared.mask).any(dim=1)
 
 
 def _mean(values: Tensor) -> float:

@@ -215,7 +215,6 @@ class CureSampler:
             "cure/cut/entropy": over(entropy, counted),
             "cure/reward/within": over(batch.columns["within_family"], rows),
             "cure/reward/between": over(batch.columns["between_families"], rows),
-            "sampler/tokens/per_useful": (batch.columns["length"].double().sum(), trained.double().sum()),
         }
 
     def _choose(
