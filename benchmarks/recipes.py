@@ -23,9 +23,9 @@ def cost(rows: Mapping[str, Mapping[str, Any]], names: set[str]) -> float:
 
 def case() -> Case:
     """One trainer per recipe, all on one model."""
+    from uncollapse.integrations import offers
     from uncollapse.integrations.trl import GRPOTrainer
     from uncollapse.models import load
-    from uncollapse.integrations import offers
     from uncollapse.policy.registry import recipes
     from uncollapse.policy.stages.samplers import PlainSampler
     from uncollapse.policy.stats import Logp

@@ -37,7 +37,7 @@ TERMS = (
     Term("reward/unscorable", "Unscorable answers", "share of answers", "Answers to which no reward could be given; they are left out."),
     Term("rows/kept", "Kept answers", "share of answers",
          "Answers that the filters left for training. At zero the step taught nothing."),
-    Term("sampler/tokens/per_useful", "Tokens per useful answer", "tokens",
+    Term("sampler/tokens/per_useful", "Tokens per useful row", "tokens",
          "Tokens generated for each answer that taught something: in the loss, with an advantage other than zero. What a sampler "
          "that draws more than once costs, and what it buys."),
     Term("eval/reward", "Validation reward", "reward", "Reward on held-out prompts, the one to compare recipes by."),
