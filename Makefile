@@ -48,7 +48,7 @@ format: $(VENV)/.dev ## Format the code and mend what the linter can mend
 bench: $(VENV)/.rl ## Measure against named peers and write benchmarks/results.json
 	$(BIN)/python -m benchmarks
 
-reproduce: $(VENV)/.rl ## Measure the claims of one paper and write results/SLUG.json (SLUG=entropy-mechanism)
+reproduce: $(VENV)/.science ## Measure the claims of one paper and write results/SLUG.json (SLUG=entropy-mechanism)
 	$(BIN)/uncollapse reproduce $(SLUG)
 
 pages: $(VENV)/.dev ## Write the generated pages of the docs and the tables of the README
@@ -76,6 +76,10 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 
 $(VENV)/.rl: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) -e '.[rl]'
+	@touch $@
+
+$(VENV)/.science: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) -e '.[rl,science]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt

@@ -13,7 +13,10 @@ from uncollapse.errors import UncollapseError
 __version__ = "0.1.0.dev0"
 
 _ROOMS = frozenset(
-    {"measure", "policy", "tasks", "models", "integrations", "studies", "report", "runs", "catalogue"}
+    {
+        "measure", "inspection", "policy", "attention", "representation", "tasks", "models", "integrations", "studies",
+        "report", "runs", "catalogue",
+    }
 )
 
 __all__ = ["UncollapseError", "__version__", *sorted(_ROOMS)]

@@ -10,6 +10,15 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "attention": (
+        "AttentionRows",
+        "attention_entropy",
+        "attention_entropy_lower_bound",
+        "attention_rows",
+        "bound_from_logits",
+        "bound_from_weights",
+        "uniform_causal_entropy",
+    ),
     "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),
     "entropy_change": (
         "EntropyQuadrants",

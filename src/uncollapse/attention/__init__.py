@@ -1,0 +1,1 @@
+"""Attention that keeps its entropy: parametrisations, temperatures and regularisers for transformers."""

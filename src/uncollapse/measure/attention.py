@@ -1,0 +1,249 @@
+"""How spread attention is: entropy of its rows, what bounds it, and where the mass goes; in nats.
+
+A row of attention is the distribution of one query over the keys it may see. `attention_entropy` takes whole matrices,
+`attention_rows` queries and keys: it computes the matrix again, a few query rows at a time, and works with any kernel
+(SDPA, flash) that never shows it. Uniform attention over n keys has entropy ln n; a causal row i sees i + 1 keys, so
+that uniform causal attention has (ln T!)/T on average, not ln T.
+
+Differs from the paper: the bound of Zhai et al. (2023) is stated for the product of two matrix norms, which is nearly
+vacuous in real models; `bound_from_logits` takes the norm of each centred logit row, which softmax cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from uncollapse.errors import ConfigError, DataError
+
+_LOW = -1e30
+"""A logit that no key may have: exp gives an exact 0, and 0 times it is 0 where that of -inf would be NaN."""
+
+_CHUNK_ELEMENTS = 1 << 18
+"""Elements of the score matrix held at once: about what stays in a core's cache."""
+
+Reduce = Literal["head", "row"]
+
+
+def attention_entropy(
+    attn: Float[Tensor, "batch head query key"] | None = None,
+    logits: Float[Tensor, "batch head query key"] | None = None,
+    mask: Bool[Tensor, "#batch #head #query key"] | None = None,
+    reduce: Reduce = "head",
+    normalize: bool = False,
+) -> Float[Tensor, "*rows"]:
+    """Entropy of attention rows from probabilities or, better, logits; 0 to ln(number of allowed keys).
+
+    Args:
+        attn: rows that sum to 1, or `logits`: what the softmax is taken of. Exactly one of them.
+        mask: True where a query may see a key. A row that sees none is NaN and left out of means.
+        reduce: "head" averages over batch and queries, shape (head,); "row" gives (batch, head, query).
+        normalize: divide by ln(allowed keys), 0 to 1; rows that see one key have nothing to spread and are left out.
+
+    Raises:
+        ConfigError: neither or both of `attn` and `logits`, or another `reduce`.
+    """
+    if (attn is None) == (logits is None):
+        raise ConfigError("attention_entropy: give attn (probabilities) or logits, one of them")
+    if reduce not in ("head", "row"):
+        raise ConfigError(f"attention_entropy: reduce is {reduce!r}; give 'head' or 'row'")
+    if logits is not None:
+        rows = _entropy_of_logits(logits if mask is None else logits.masked_fill(~mask, _LOW))
+        shape, keys = logits.shape[:-1], logits.shape[-1]
+    else:
+        assert attn is not None
+        seen = attn if mask is None else attn.masked_fill(~mask, 0)
+        rows = torch.special.entr(seen).sum(-1)
+        shape, keys = attn.shape[:-1], attn.shape[-1]
+    if mask is None:
+        allowed = torch.full(shape, keys, device=rows.device)
+    else:
+        allowed = mask.sum(-1).expand(shape)
+    if normalize:
+        rows = rows / allowed.to(rows.dtype).log()
+    rows = rows.masked_fill(allowed < (2 if normalize else 1), torch.nan)
+    return rows.nanmean(dim=(0, 2)) if reduce == "head" else rows
+
+
+def uniform_causal_entropy(length: int) -> float:
+    """Mean entropy of uniform causal attention over `length` tokens, (ln T!)/T nats: the true ceiling of a causal head.
+
+    Raises:
+        ConfigError: length below 1.
+    """
+    if length < 1:
+        raise ConfigError(f"uniform_causal_entropy: length is {length}; give at least 1")
+    return math.lgamma(length + 1) / length
+
+
+def attention_entropy_lower_bound(
+    norm: Float[Tensor, "*batch"] | float, keys: Shaped[Tensor, "*batch"] | int
+) -> Float[Tensor, "*batch"]:
+    """Least entropy of a softmax over `keys` = T logits whose vector has Euclidean norm at most `norm` = s.
+
+    ln(1 + (T-1) b) + s sqrt(T(T-1)) b / (1 + (T-1) b) with b = exp(-s sqrt(T/(T-1))); reached by one logit
+    s sqrt((T-1)/T) and T-1 equal ones. ln T at s = 0, about T s exp(-s) for large s, and 0 for one key.
+
+    Source: Zhai et al. (2023), arXiv 2303.06296, theorem 3.1.
+
+    Raises:
+        DataError: a negative or NaN norm, or fewer than one key.
+    """
+    s = torch.as_tensor(norm)
+    s = s if s.is_floating_point() and isinstance(norm, Tensor) else s.double()
+    t = torch.as_tensor(keys, dtype=s.dtype, device=s.device)
+    if not bool((s.detach() >= 0).all()) or not bool((t >= 1).all()):
+        raise DataError("attention_entropy_lower_bound: needs norms >= 0 and at least one key")
+    others = (t - 1).clamp(min=1)
+    b = torch.exp(-s * (t / others).sqrt())
+    z = 1 + others * b
+    bound = z.log() + s * (t * others).sqrt() * b / z
+    return torch.where(t > 1, bound, torch.zeros_like(bound))
+
+
+def bound_from_logits(
+    logits: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*#batch #query key"] | None = None
+) -> Float[Tensor, "*batch query"]:
+    """The lower bound of each row from the norm of its own logits about their mean, over the keys it may see."""
+    allowed = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.expand(logits.shape)
+    count = allowed.sum(-1, keepdim=True)
+    kept = logits.masked_fill(~allowed, 0)
+    centred = (kept - kept.sum(-1, keepdim=True) / count.clamp(min=1)).masked_fill(~allowed, 0)
+    bound = attention_entropy_lower_bound(torch.linalg.vector_norm(centred, dim=-1), count[..., 0].clamp(min=1))
+    return bound.masked_fill(count[..., 0] == 0, torch.nan)
+
+
+def bound_from_weights(
+    query_key: Float[Tensor, "feature feature"], inputs: Float[Tensor, "token feature"], *, scale: float = 1.0
+) -> Float[Tensor, ""]:
+    """The bound in the form of the theorem: s = scale ||W_K W_Q^T||_2 ||X X^T||_2. Nearly 0 in real models."""
+    norm = torch.linalg.matrix_norm(query_key, 2) * torch.linalg.matrix_norm(inputs, 2).square() * scale
+    return attention_entropy_lower_bound(norm, len(inputs))
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """What the rows of attention are like; float32 or better, NaN where a row sees no key.
+
+    Attributes:
+        entropy: nats, 0 to ln(allowed).
+        allowed: keys that the row may see.
+        peak: largest probability.
+        first: probability of the first key, the usual place of an attention sink.
+    """
+
+    entropy: Float[Tensor, "batch head query"]
+    allowed: Float[Tensor, "batch head query"]
+    peak: Float[Tensor, "batch head query"]
+    first: Float[Tensor, "batch head query"]
+
+    @property
+    def normalized(self) -> Float[Tensor, "batch head query"]:
+        """Entropy over ln(allowed), 0 to 1; NaN for rows that see fewer than two keys."""
+        return (self.entropy / self.allowed.log()).masked_fill(self.allowed < 2, torch.nan)
+
+
+@torch.no_grad()
+def attention_rows(
+    query: Float[Tensor, "batch head query feature"],
+    key: Float[Tensor, "batch kv_head key feature"],
+    *,
+    scale: float | None = None,
+    mask: Shaped[Tensor, "#batch #head #query key"] | None = None,
+    causal: bool = False,
+) -> AttentionRows:
+    """Statistics of attention rows, recomputed from queries and keys; never holds more than a few query rows.
+
+    Args:
+        scale: factor of the scores; 1/sqrt(feature) if not given.
+        mask: True where a key may be seen, or numbers added to the scores (as kernels take it).
+        causal: query i of n sees the keys up to the i-th of the last n; keys beyond are not even computed.
+
+    Raises:
+        DataError: heads that the key heads do not divide, or a non-finite score.
+    """
+    batch, heads, queries, width = query.shape
+    kv_heads, keys = key.shape[1:3]
+    if heads % kv_heads:
+        raise DataError(f"attention_rows: {heads} query heads cannot share {kv_heads} key heads")
+    scale = width**-0.5 if scale is None else scale
+    grouped = query.detach().reshape(batch, kv_heads, heads // kv_heads, queries, width) * scale
+    keys_t = key.detach().mT
+    rows = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys))
+    parts = [
+        _chunk(grouped[:, :, :, start : start + rows], keys_t, mask, causal, start, queries)
+        for start in range(0, queries, rows)
+    ]
+    return _joined(parts, (batch, heads, queries), query)
+
+
+def _chunk(
+    query: Float[Tensor, "batch kv_head group row feature"],
+    keys_t: Float[Tensor, "batch kv_head feature key"],
+    mask: Tensor | None,
+    causal: bool,
+    start: int,
+    queries: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, allowed keys, peak and first of query rows `start` onwards; each (batch, head, row)."""
+    batch, kv_heads, group, rows, _ = query.shape
+    keys = keys_t.shape[-1]
+    end = min(keys, keys - queries + start + rows) if causal else keys
+    scores = query.reshape(batch, kv_heads, group * rows, -1) @ keys_t[..., :end]
+    scores = scores.reshape(batch, kv_heads * group, rows, end)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    seen = None
+    if mask is not None:
+        here = mask[..., start : start + rows, :end] if mask.shape[-2] > 1 else mask[..., :end]
+        if here.dtype == torch.bool:
+            seen = here
+        else:
+            seen = here > torch.finfo(here.dtype).min / 2
+            scores = scores + here.masked_fill(~seen, 0)
+    if causal:
+        place = torch.arange(start, start + rows, device=scores.device) + keys - queries
+        below = torch.arange(end, device=scores.device) <= place[:, None]
+        seen = below if seen is None else seen & below
+    if seen is None:
+        allowed = scores.new_full(scores.shape[:-1], end)
+    else:
+        scores = scores.masked_fill(~seen, _LOW)
+        allowed = seen.sum(-1).expand(scores.shape[:-1]).to(scores.dtype)
+    top = scores.amax(-1, keepdim=True)
+    shifted = scores.sub_(top)
+    weight = shifted.exp()
+    total = weight.sum(-1)
+    entropy = total.log() - torch.linalg.vecdot(weight, shifted) / total
+    return entropy, allowed, 1 / total, weight[..., 0] / total
+
+
+def _joined(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], shape: tuple[int, int, int], like: Tensor
+) -> AttentionRows:
+    if not parts:
+        empty = like.new_empty(shape)
+        return AttentionRows(empty, empty, empty, empty)
+    entropy, allowed, peak, first = (torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
+    blind = allowed == 0
+    if not bool((entropy.isfinite() | blind).all()):
+        raise DataError("attention_rows: queries or keys contain NaN or inf")
+    return AttentionRows(
+        entropy=entropy.clamp(min=0).masked_fill(blind, torch.nan),
+        allowed=allowed,
+        peak=peak.masked_fill(blind, torch.nan),
+        first=first.masked_fill(blind, torch.nan),
+    )
+
+
+def _entropy_of_logits(logits: Tensor) -> Tensor:
+    """lse(a) - sum softmax(a) a: no log of a probability; half precision is computed in float32."""
+    a = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(min=_LOW)
+    a = a - a.amax(-1, keepdim=True).detach()
+    total = torch.logsumexp(a, -1)
+    return total - (torch.softmax(a, -1) * a).sum(-1)

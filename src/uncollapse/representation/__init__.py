@@ -1,0 +1,1 @@
+"""What features, classifiers and their heads fold into, and training that uses or prevents it."""
