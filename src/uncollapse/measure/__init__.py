@@ -19,6 +19,7 @@ _HOME = {
         "bound_from_weights",
         "uniform_causal_entropy",
     ),
+    "class_statistics": ("CollapseReport", "StreamingNC"),
     "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),
     "entropy_change": (
         "EntropyQuadrants",
@@ -29,6 +30,7 @@ _HOME = {
         "token_entropy_change",
     ),
     "entropy_law": ("EntropyLaw", "compare_laws", "fit_entropy_law", "fit_straight_line"),
+    "nearest_class": ("NC4Accumulator", "NC4Report"),
     "token_stats": ("token_stats_from_logits",),
     "statistics": (
         "Collision",
