@@ -12,9 +12,11 @@ from typing import Any
 _HOME = {
     "attention": (
         "AttentionRows",
+        "KeyMask",
         "attention_entropy",
         "attention_entropy_lower_bound",
         "attention_rows",
+        "attention_rows_of_matrix",
         "bound_from_logits",
         "bound_from_weights",
         "uniform_causal_entropy",
