@@ -173,9 +173,8 @@ def variability(
     }
     if within is not None:
         values, vectors = torch.linalg.eigh(gram / max(1, classes))
-        kept = (values > 1e-10 * values[-1]) & (
-            torch.arange(width, device=values.device) >= width - classes + 1
-        )
+        floor = max(1e-10 * float(values[-1]), means.resolution**2)
+        kept = (values > floor) & (torch.arange(width, device=values.device) > width - classes)
         along = torch.linalg.vecdot(vectors, within.double() @ vectors, dim=0)
         found["nc1/pinv"] = float((along[kept] / values[kept]).sum()) / classes if kept.any() else math.nan
     return found
