@@ -191,9 +191,9 @@ class ClassPairs:
 
     def _kernels(self, i: Tensor, j: Tensor, apart: Tensor) -> Kernels:
         """What is averaged, for pairs (i, j) whose indices broadcast to the shape of `apart` = 1 - cos."""
-        norm, variance = self.means.norm.to(apart.dtype), self.variance.to(apart.dtype)
-        product = norm[i] * norm[j]
-        gap = (norm[i] - norm[j]).square_().addcmul_(product, apart, value=2)
+        norm, variance = self.means.norm, self.variance.to(apart.dtype)
+        product = (norm[i] * norm[j]).to(apart.dtype)
+        gap = (norm[i] - norm[j]).to(apart.dtype).square_().addcmul_(product, apart, value=2)
         gap.masked_fill_(gap <= self.means.resolution**2, 0)
         square = (2 * apart).clamp_(min=_LEAST)
         if bool((norm == 0).any()):
