@@ -50,10 +50,8 @@ class Factors:
         return features, head
 
     def logits(self) -> Float[Tensor, "sample class"]:
-        """H W_1^T ... W_M^T + b."""
-        out = self.features
-        for weight in self.layers:
-            out = out @ weight.T
+        """H W_1^T ... W_M^T + b; the head is multiplied out first, since classes are few."""
+        out = self.features @ self.at(1)[1].T
         return out if self.bias is None else out + self.bias
 
 
