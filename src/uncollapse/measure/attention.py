@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -28,14 +27,12 @@ _LOW = -1e30
 _CHUNK_ELEMENTS = 1 << 18
 """Elements of the score matrix held at once: about what stays in a core's cache."""
 
-Reduce = Literal["head", "row"]
-
 
 def attention_entropy(
     attn: Float[Tensor, "batch head query key"] | None = None,
     logits: Float[Tensor, "batch head query key"] | None = None,
     mask: Bool[Tensor, "#batch #head #query key"] | None = None,
-    reduce: Reduce = "head",
+    reduce: str = "head",
     normalize: bool = False,
 ) -> Float[Tensor, "*rows"]:
     """Entropy of attention rows from probabilities or, better, logits; 0 to ln(number of allowed keys).
@@ -61,10 +58,7 @@ def attention_entropy(
         seen = attn if mask is None else attn.masked_fill(~mask, 0)
         rows = torch.special.entr(seen).sum(-1)
         shape, keys = attn.shape[:-1], attn.shape[-1]
-    if mask is None:
-        allowed = torch.full(shape, keys, device=rows.device)
-    else:
-        allowed = mask.sum(-1).expand(shape)
+    allowed = torch.full(shape, keys, device=rows.device) if mask is None else mask.sum(-1).expand(shape)
     if normalize:
         rows = rows / allowed.to(rows.dtype).log()
     rows = rows.masked_fill(allowed < (2 if normalize else 1), torch.nan)
@@ -115,7 +109,9 @@ def bound_from_logits(
     count = allowed.sum(-1, keepdim=True)
     kept = logits.masked_fill(~allowed, 0)
     centred = (kept - kept.sum(-1, keepdim=True) / count.clamp(min=1)).masked_fill(~allowed, 0)
-    bound = attention_entropy_lower_bound(torch.linalg.vector_norm(centred, dim=-1), count[..., 0].clamp(min=1))
+    bound = attention_entropy_lower_bound(
+        torch.linalg.vector_norm(centred, dim=-1), count[..., 0].clamp(min=1)
+    )
     return bound.masked_fill(count[..., 0] == 0, torch.nan)
 
 
@@ -157,6 +153,7 @@ def attention_rows(
     scale: float | None = None,
     mask: Shaped[Tensor, "#batch #head #query key"] | None = None,
     causal: bool = False,
+    softcap: float | None = None,
 ) -> AttentionRows:
     """Statistics of attention rows, recomputed from queries and keys; never holds more than a few query rows.
 
@@ -164,6 +161,7 @@ def attention_rows(
         scale: factor of the scores; 1/sqrt(feature) if not given.
         mask: True where a key may be seen, or numbers added to the scores (as kernels take it).
         causal: query i of n sees the keys up to the i-th of the last n; keys beyond are not even computed.
+        softcap: scores s become softcap tanh(s / softcap) before the mask.
 
     Raises:
         DataError: heads that the key heads do not divide, or a non-finite score.
@@ -177,7 +175,7 @@ def attention_rows(
     keys_t = key.detach().mT
     rows = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys))
     parts = [
-        _chunk(grouped[:, :, :, start : start + rows], keys_t, mask, causal, start, queries)
+        _chunk(grouped[:, :, :, start : start + rows], keys_t, mask, causal, softcap, start, queries)
         for start in range(0, queries, rows)
     ]
     return _joined(parts, (batch, heads, queries), query)
@@ -188,6 +186,7 @@ def _chunk(
     keys_t: Float[Tensor, "batch kv_head feature key"],
     mask: Tensor | None,
     causal: bool,
+    softcap: float | None,
     start: int,
     queries: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -198,6 +197,8 @@ def _chunk(
     scores = query.reshape(batch, kv_heads, group * rows, -1) @ keys_t[..., :end]
     scores = scores.reshape(batch, kv_heads * group, rows, end)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     seen = None
     if mask is not None:
         here = mask[..., start : start + rows, :end] if mask.shape[-2] > 1 else mask[..., :end]
