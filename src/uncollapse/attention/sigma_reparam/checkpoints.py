@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,19 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from uncollapse.attention.sigma_reparam.estimate import as_blocks, power_step
-from uncollapse.attention.sigma_reparam.parametrization import SigmaTracker, checked_start
+from uncollapse.attention.sigma_reparam.parametrization import SigmaReparam, SigmaTracker, checked_start
 
 _FOLDER = "parametrizations."
 """Where `torch.nn.utils.parametrize` keeps what it computes a parameter from."""
 
 
-def parametrised(module: nn.Module) -> Iterator[tuple[str, ParametrizationList]]:
+def parametrised(module: nn.Module) -> Iterator[tuple[str, SigmaTracker, ParametrizationList]]:
     """Parameters of this very module (not of its children) that a `SigmaTracker` computes, by name."""
     if parametrize.is_parametrized(module):
-        for name, found in module.parametrizations.items():  # type: ignore[union-attr, operator]
+        for name, found in cast(nn.ModuleDict, module.parametrizations).items():
+            assert isinstance(found, ParametrizationList)
             if isinstance(found[0], SigmaTracker):
-                yield name, found
+                yield name, found[0], found
 
 
 def plain_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,23 +57,21 @@ def _baked(weight: Tensor, u: Tensor, gamma: Tensor | None) -> Tensor:
 
 def accept_plain_weights(layer: nn.Module) -> None:
     """Let a converted layer load a state dict without sigmaReparam: gamma becomes the norm of the weight that comes."""
-    if _from_plain not in (hook.hook for hook in layer._load_state_dict_pre_hooks.values()):
-        layer.register_load_state_dict_pre_hook(_from_plain)
+    layer.register_load_state_dict_pre_hook(_from_plain)
 
 
 @torch.no_grad()
 def _from_plain(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    for name, parametrisation in parametrised(module):
+    for name, tracker, found in parametrised(module):
         weight = state.get(prefix + name)
         folder = f"{prefix}{_FOLDER}{name}."
         if weight is None or f"{folder}original" in state:
             continue
         state[f"{folder}original"] = state.pop(prefix + name)
-        if weight.shape != parametrisation.original.shape:
+        if weight.shape != found.original.shape:
             continue  # load_state_dict says so itself
-        tracker = parametrisation[0]
         matrix = as_blocks(weight, tracker.blocks)
         _, u, sigma = power_step(matrix, checked_start(matrix, "svd"))
         state[f"{folder}0.u"] = u.to(tracker.u.dtype)
-        if hasattr(tracker, "gamma"):
+        if isinstance(tracker, SigmaReparam):
             state[f"{folder}0.gamma"] = sigma.flatten().to(tracker.gamma.dtype)

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from uncollapse.attention.sigma_reparam.batch import PowerBatch
 from uncollapse.attention.sigma_reparam.checkpoints import parametrised
@@ -85,7 +86,7 @@ def apply_sigma_reparam(
     sites = _sites(model, include, exclude, blocks or {})
     if not keep_weights:
         for layer in {id(site.layer): site.layer for site in sites}.values():
-            _draw(layer, INIT_STD if init_std is None else init_std, generator)
+            initialise(layer, INIT_STD if init_std is None else init_std, generator)
 
     def reparam(site: _Site) -> SigmaTracker:
         return SigmaReparam(
@@ -135,10 +136,10 @@ def _converted(
         attach(site.layer, site.name, tracker)
     if batched:
         alike = defaultdict(list)
-        for site in sites:
-            found = site.layer.parametrizations[site.name]  # type: ignore[index]
-            matrix = found[0].v.shape[1], found[0].u.shape[1]
-            alike[matrix, found.original.dtype, found.original.device].append(found)
+        for _, _, tracker, found in _parametrised(model):
+            if any(tracker is one for one in made):
+                kind = tracker.v.shape[1], tracker.u.shape[1], found.original.dtype, found.original.device
+                alike[kind].append((tracker, found))
         for members in alike.values():
             if len(members) > 1:
                 PowerBatch(members)
@@ -156,11 +157,12 @@ def fuse(model: nn.Module) -> nn.Module:
     found = list(_parametrised(model))
     if not found:
         raise ConfigError("fuse: this model has no layer with sigmaReparam; apply_sigma_reparam puts it on")
-    for layer_name, layer, name in found:
-        if len(layer.parametrizations[name]) > 1:  # type: ignore[index]
-            raise ConfigError(f"fuse: {layer_name}.{name} has another parametrisation too; remove that first")
-    for _, layer, name in found:
-        layer.parametrizations[name].eval()  # type: ignore[index]
+    for name, _, _, stack in found:
+        if len(stack) > 1:
+            raise ConfigError(f"fuse: {name} has another parametrisation too; remove that first")
+    for full, layer, tracker, _ in found:
+        name = full.rpartition(".")[2]
+        tracker.eval()
         parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
     return model
 
@@ -195,21 +197,21 @@ def spectral_norms(model: nn.Module) -> dict[str, SpectralNorms]:
         ConfigError: a model without any.
     """
     norms = {}
-    for layer_name, layer, name in _parametrised(model):
-        found = layer.parametrizations[name]  # type: ignore[index]
-        sigma, raw = found[0].norms(found.original)
-        gamma = found[0].gamma.detach().clone() if isinstance(found[0], SigmaReparam) else None
+    for name, _, tracker, found in _parametrised(model):
+        sigma, raw = tracker.norms(found.original)
+        gamma = tracker.gamma.detach().clone() if isinstance(tracker, SigmaReparam) else None
         norm = raw if gamma is None else gamma * raw / sigma
-        norms[f"{layer_name}.{name}".lstrip(".")] = SpectralNorms(gamma, sigma, raw, norm)
+        norms[name] = SpectralNorms(gamma, sigma, raw, norm)
     if not norms:
         raise ConfigError("spectral_norms: this model has no layer with sigmaReparam or track_sigma")
     return norms
 
 
-def _parametrised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def _parametrised(model: nn.Module) -> Iterator[tuple[str, nn.Module, SigmaTracker, ParametrizationList]]:
+    """Every converted weight: its name in the model, its layer, and what computes it."""
     for layer_name, layer in model.named_modules():
-        for name, _ in parametrised(layer):
-            yield layer_name, layer, name
+        for name, tracker, found in parametrised(layer):
+            yield f"{layer_name}.{name}".lstrip("."), layer, tracker, found
 
 
 # ---- what to convert, and what not ---------------------------------------------------------------------------------
@@ -284,7 +286,9 @@ def _refusal(layer: nn.Module) -> str | None:
     """Why this kind of layer cannot be converted."""
     kind = type(layer)
     if kind.__name__ != "NonDynamicallyQuantizableLinear" and (
-        kind.__module__.startswith(_QUANTISED) or "quant" in kind.__name__.lower() or hasattr(layer, "qweight")
+        kind.__module__.startswith(_QUANTISED)
+        or "quant" in kind.__name__.lower()
+        or hasattr(layer, "qweight")
     ):
         return f"quantised ({kind.__name__})"
     if isinstance(layer, _ODD):
@@ -313,17 +317,6 @@ def _weight_refusal(site: _Site, owners: Mapping[int, Sequence[str]]) -> str | N
     if weight.ndim < 2 or weight.shape[0] % site.blocks or site.blocks < 1:
         return f"of shape {tuple(weight.shape)}, which {site.blocks} blocks do not divide"
     return None
-
-
-def _draw(layer: nn.Module, std: float, generator: torch.Generator | None) -> None:
-    if not isinstance(layer, nn.MultiheadAttention):
-        initialise(layer, std, generator)
-        return
-    for name in _PROJECTIONS:
-        if getattr(layer, name, None) is not None:
-            nn.init.trunc_normal_(getattr(layer, name), std=std, generator=generator)
-    if layer.in_proj_bias is not None:
-        nn.init.zeros_(layer.in_proj_bias)
 
 
 # ---- norm layers ----------------------------------------------------------------------------------------------------

@@ -16,15 +16,19 @@ INIT_STD = 0.02
 
 def attach(layer: nn.Module, name: str, tracker: SigmaTracker) -> None:
     """Compute the parameter `name` of a layer through `tracker`, and let the layer load checkpoints without it."""
-    parametrize.register_parametrization(layer, name, tracker, unsafe=True)  # its checks would take a power step
+    parametrize.register_parametrization(
+        layer, name, tracker, unsafe=True
+    )  # its checks would take a power step
     accept_plain_weights(layer)
 
 
 def initialise(layer: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
     """Weights normal with `std` (cut at +-2, so hardly ever), zero bias."""
-    nn.init.trunc_normal_(layer.weight, std=std, generator=generator)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name.endswith("weight"):
+            nn.init.trunc_normal_(parameter, std=std, generator=generator)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 class SigmaReparamLinear(nn.Linear):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from uncollapse.attention.sigma_reparam.estimate import (
 )
 from uncollapse.errors import ConfigError, DataError
 
-GammaInit = Literal["spectral", "one"] | float
+GammaInit: TypeAlias = Literal["spectral", "one"] | float | int
 
 
 class SigmaTracker(nn.Module):
@@ -65,7 +65,9 @@ class SigmaTracker(nn.Module):
                 f"sigma_reparam: n_power_iterations is {n_power_iterations}, update_every {update_every}; give at least 1"
             )
         if weight.ndim < 2 or blocks < 1 or weight.shape[0] % blocks:
-            raise ConfigError(f"sigma_reparam: a weight of shape {tuple(weight.shape)} has no {blocks} blocks of rows")
+            raise ConfigError(
+                f"sigma_reparam: a weight of shape {tuple(weight.shape)} has no {blocks} blocks of rows"
+            )
         self.blocks, self.n_power_iterations, self.update_every = blocks, n_power_iterations, update_every
         self.batch: PowerBatch | None = None
         self.handed: Handed | None = None  # a step that the batch took for this layer
@@ -146,8 +148,10 @@ class SigmaReparam(SigmaTracker):
         elif gamma_init == "one" or (isinstance(gamma_init, float | int) and gamma_init > 0):
             gamma = self.sigma.new_full((self.blocks,), 1.0 if gamma_init == "one" else float(gamma_init))
         else:
-            raise ConfigError(f"sigma_reparam: gamma_init is {gamma_init!r}; give 'spectral', 'one' or a number above 0")
-        self.gamma = nn.Parameter(gamma, requires_grad=weight.requires_grad)
+            raise ConfigError(
+                f"sigma_reparam: gamma_init is {gamma_init!r}; give 'spectral', 'one' or a number above 0"
+            )
+        self.gamma = nn.Parameter(gamma.to(weight.dtype), requires_grad=weight.requires_grad)
 
     def forward(self, weight: Tensor) -> Tensor:
         """W_hat, of the shape and dtype of the weight."""
@@ -167,7 +171,9 @@ def checked_start(
     size = torch.linalg.vector_norm(matrix.detach(), dim=(1, 2))
     if not bool((size.isfinite() & (size > 0)).all()):
         what = "zero" if bool(size.isfinite().all()) else "not finite"
-        raise DataError(f"the weight is {what}, so it has no norm to divide by; initialise it or leave the layer out")
+        raise DataError(
+            f"the weight is {what}, so it has no norm to divide by; initialise it or leave the layer out"
+        )
     return start_vector(matrix, how, generator)
 
 
