@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from uncollapse.attention.sigma_reparam import (
+    AttentionEntropyMonitor,
     SigmaReparam,
     SigmaReparamConv2d,
     SigmaReparamLinear,
@@ -642,3 +643,66 @@ def test_bad_weights_and_options():
 
 def test_repr_says_what_it_is():
     assert "5 x 7, blocks=1" in repr(SigmaTracker(draw(5, 7)))
+
+
+# ---- the monitor -----------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two attention layers, the second of which a factor sharpens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+        self.sharp = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x, x, x, need_weights=False)[0]
+        return x + self.second(self.sharp * x, x, x, need_weights=False)[0]
+
+
+def test_the_monitor_follows_heads_and_says_which_collapse():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Pair().double()
+    x = draw(2, 6, 8)
+    with AttentionEntropyMonitor(model, window=3) as monitor:
+        with pytest.raises(ConfigError, match="no attention"):
+            monitor.collapsed()
+        model(x)
+        calm = monitor.scalars()
+        assert monitor.collapsed() == []
+        model.sharp = 1e4
+        model(x)
+        flags = monitor.collapsed()
+        assert {(flag.layer, flag.head, flag.reason) for flag in flags} == {
+            ("second", 0, "low"),
+            ("second", 1, "low"),
+        }
+        assert all(flag.normalized < 0.05 < 0.8 < flag.highest for flag in flags)
+        assert monitor.scalars()["attention/collapsed/frac"] == 0.5
+        assert monitor.scalars()["attention/entropy/mean"] < calm["attention/entropy/mean"]
+        model.sharp = 5.0
+        for _ in range(3):
+            model(x)
+        assert monitor.passes == 5
+        assert not [flag for flag in monitor.collapsed() if flag.reason == "low"]
+        assert (monitor.lowest["second"] < 0.05).all()
+        assert (monitor.lowest["first"] > 0.5).all()
+        assert (monitor.normalized["second"] < monitor.normalized["first"]).all()
+        assert monitor.entropy["first"].shape == (2,)
+    model(x)
+    assert monitor.passes == 5
+
+
+def test_the_monitor_sees_a_drop_and_skips_passes():
+    model = Pair().double()
+    with AttentionEntropyMonitor(model, threshold=0.0, drop=0.3, every=2) as monitor:
+        for sharp in (1.0, 1e4, 1e3):
+            model.sharp = sharp
+            model(draw(2, 6, 8))
+        assert {(flag.layer, flag.reason) for flag in monitor.collapsed()} == {("second", "drop")}
+        assert monitor._seen == {"first": 2, "second": 2}
+    for wrong in ({"threshold": 2.0}, {"drop": 0.0}, {"window": 1}, {"every": 0}):
+        with pytest.raises(ConfigError, match="AttentionEntropyMonitor"):
+            AttentionEntropyMonitor(model, **wrong)

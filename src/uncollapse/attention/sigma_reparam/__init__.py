@@ -32,19 +32,21 @@ from __future__ import annotations
 
 from uncollapse.attention.sigma_reparam.checkpoints import plain_state_dict
 from uncollapse.attention.sigma_reparam.conversion import (
-    NoNorm,
     SpectralNorms,
     apply_sigma_reparam,
     fuse,
-    remove_norms,
     spectral_norms,
     track_sigma,
 )
 from uncollapse.attention.sigma_reparam.layers import SigmaReparamConv2d, SigmaReparamLinear
+from uncollapse.attention.sigma_reparam.monitor import AttentionEntropyMonitor, EntropyCollapse
+from uncollapse.attention.sigma_reparam.norm_layers import NoNorm, remove_norms
 from uncollapse.attention.sigma_reparam.parametrization import SigmaReparam, SigmaTracker
 from uncollapse.measure.attention import attention_entropy, attention_entropy_lower_bound
 
 __all__ = [
+    "AttentionEntropyMonitor",
+    "EntropyCollapse",
     "NoNorm",
     "SigmaReparam",
     "SigmaReparamConv2d",
