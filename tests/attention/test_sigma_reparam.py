@@ -23,6 +23,7 @@ from uncollapse.attention.sigma_reparam import (
     SigmaReparamLinear,
     SigmaTracker,
     apply_sigma_reparam,
+    estimate,
     fuse,
     plain_state_dict,
     remove_norms,
@@ -34,6 +35,7 @@ from uncollapse.errors import ConfigError, DataError
 
 F64 = torch.float64
 seeds = st.integers(0, 10_000)
+by_hand = pytest.mark.parametrize("large", [0, 1 << 30], ids=["written-out", "autograd"])
 quick = settings(max_examples=20, deadline=None)
 
 
@@ -107,9 +109,11 @@ def naive_forward(weight: Tensor, gamma: Tensor, u: Tensor, blocks: int = 1) -> 
     return torch.cat(parts).reshape(weight.shape), vectors
 
 
+@by_hand
 @pytest.mark.parametrize(("shape", "blocks"), [((5, 7), 1), ((6, 4), 3), ((6, 2, 3, 3), 2), ((4, 3, 2), 1)])
 @pytest.mark.parametrize("u_init", ["svd", "random"])
-def test_a_pass_is_that_of_the_naive_reference(shape, blocks, u_init):
+def test_a_pass_is_that_of_the_naive_reference(shape, blocks, u_init, large, monkeypatch):
+    monkeypatch.setattr(estimate, "_LARGE", large)
     weight = draw(*shape).requires_grad_()
     found = SigmaReparam(weight, blocks=blocks, u_init=u_init, gamma_init=1.7, generator=generator(3))
     hat, vectors = naive_forward(weight, found.gamma, found.u.clone(), blocks)
@@ -194,7 +198,9 @@ def test_6_gradient_identities(seed):
     assert float((by_weight * weight.detach()).sum()) == pytest.approx(0, abs=1e-11)
 
 
-def test_6_finite_differences_with_frozen_vectors_to_second_order():
+@by_hand
+def test_6_finite_differences_with_frozen_vectors_to_second_order(large, monkeypatch):
+    monkeypatch.setattr(estimate, "_LARGE", large)
     weight, gamma = draw(2, 3, 4).requires_grad_(), draw(2, seed=1).requires_grad_()
     v, u, _ = power_step(weight.detach(), draw(2, 4, 1, seed=2))
 
@@ -329,7 +335,9 @@ def test_checkpoints_leave_other_parametrisations_alone():
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("update_every", [1, 2])
-def test_9_two_forward_passes_then_one_backward(batched, update_every):
+@by_hand
+def test_9_two_forward_passes_then_one_backward(batched, update_every, large, monkeypatch):
+    monkeypatch.setattr(estimate, "_LARGE", large)
     model = apply_sigma_reparam(net(), batched=batched, update_every=update_every, u_init="random")
     start = copy.deepcopy(model)
     (model(images(0)) - model(images(1))).square().sum().backward()
@@ -397,7 +405,9 @@ def test_checkpointed_activations_see_the_weight_of_their_forward_pass():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_leaves_power_iteration_in_full_precision(dtype):
+@by_hand
+def test_autocast_leaves_power_iteration_in_full_precision(dtype, large, monkeypatch):
+    monkeypatch.setattr(estimate, "_LARGE", large)
     layer = apply_sigma_reparam(linear().float(), u_init="random", generator=generator(2))
     other = copy.deepcopy(layer)
     x = draw(3, 7).float()
@@ -413,7 +423,9 @@ def test_autocast_leaves_power_iteration_in_full_precision(dtype):
     assert reparam(layer).gamma.grad.isfinite().all()
 
 
-def test_half_precision_weights_keep_their_dtype():
+@by_hand
+def test_half_precision_weights_keep_their_dtype(large, monkeypatch):
+    monkeypatch.setattr(estimate, "_LARGE", large)
     model = apply_sigma_reparam(net().bfloat16())
     x = images().bfloat16()
     model(x).float().sum().backward()

@@ -19,6 +19,9 @@ from uncollapse.errors import ConfigError
 
 Start = Literal["svd", "random"]
 
+_LARGE = 1 << 15
+"""Elements of a weight from which the gradient is written out: below, a call into Python costs more than it saves."""
+
 _EPS = 1e-12
 """Least norm that a vector is divided by, as in `torch.nn.functional.normalize`."""
 
@@ -118,6 +121,14 @@ def _scaled(weight: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:
     return (matrix * (gamma.to(sigma.dtype).view(-1, 1, 1) / sigma)).view(weight.shape).to(weight.dtype)
 
 
+def _defined(weight: Tensor, gamma: Tensor, v: Tensor, u: Tensor) -> Tensor:
+    """The definition itself, for autograd to differentiate."""
+    if len(u) == 1 and weight.dtype == u.dtype:  # vectors and one matrix take fewer calls than stacks of them
+        sigma = torch.dot(v.view(-1), torch.mv(weight.flatten(1), u.view(-1)))
+        return weight * (gamma.to(u.dtype) / sigma)
+    return _scaled(weight, gamma, sigma_of(as_blocks(weight, len(u)), v, u))
+
+
 def rescaled(
     weight: Tensor,
     gamma: Float[Tensor, " block"],
@@ -127,8 +138,8 @@ def rescaled(
 ) -> Tensor:
     """(gamma / sigma) W by blocks, where `sigma` is v^T W u; of the shape and dtype of the weight.
 
-    Differentiable in `weight` and `gamma`, any number of times.
+    Differentiable in `weight` and `gamma`, any number of times, by hand where the weight is large enough for that to pay.
     """
-    if torch._C._are_functorch_transforms_active():  # torch.func differentiates the formula itself
-        return _scaled(weight, gamma, sigma_of(as_blocks(weight, len(u)), v, u))
+    if weight.numel() < _LARGE or torch._C._are_functorch_transforms_active():
+        return _defined(weight, gamma, v, u)
     return _Rescaled.apply(weight, gamma, sigma, v, u)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from uncollapse.attention.sigma_reparam import apply_sigma_reparam
+from uncollapse.attention.sigma_reparam import SigmaReparam, apply_sigma_reparam, spectral_norms
 from uncollapse.studies.sigma_reparam.transformer import Task, Transformer, Trunk, loss_of
 
 
@@ -58,7 +58,7 @@ def train(task: Task, arm: Arm, lr: float, seed: int, steps: int, *, every: int 
 
     Returns `loss` and `accuracy` on the held-out data at the end (an infinite loss if it is not finite), `lowest`, the least
     mean attention entropy seen at any `every`-th step on the batch of that step, `entropy`, that curve (nats), and `train`, the
-    training loss at the same steps.
+    training loss at the same steps. `gap` is the largest true norm of a weight over its gamma at the end, None without gamma.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -92,4 +92,21 @@ def train(task: Task, arm: Arm, lr: float, seed: int, steps: int, *, every: int 
     if not math.isfinite(final):
         final, right = math.inf, 0.0
     finite = [value for value in entropy if math.isfinite(value)]
-    return {"loss": final, "accuracy": right, "lowest": min(finite), "entropy": entropy, "train": losses}
+    return {
+        "loss": final,
+        "accuracy": right,
+        "lowest": min(finite),
+        "entropy": entropy,
+        "train": losses,
+        "gap": _gap(net),
+    }
+
+
+def _gap(net: nn.Module) -> float | None:
+    if not any(isinstance(module, SigmaReparam) for module in net.modules()):
+        return None
+    try:
+        norms = spectral_norms(net)
+    except RuntimeError:  # weights that are not finite any more
+        return math.nan
+    return max(float(one.gap.max()) for one in norms.values())
