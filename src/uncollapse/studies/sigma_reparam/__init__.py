@@ -48,25 +48,23 @@ def figure(measured: Measurements) -> Figure:
     top = _curve(measured.details["text"]["pre-ln"], "loss")[1]
     loss.set_ylim(min(top) - 0.5, 8)
     for arm, style in DRAWN.items():
-        runs = measured.details["digits"][arm].values()
-        pairs = [
-            (low, 1e4 if end is None else end)
-            for run in runs
-            for low, end in zip(run["lowest"], run["loss"], strict=True)
-        ]
-        low, end = zip(*pairs, strict=True)
+        low, end = (_curve(measured.details["digits"][arm], key)[1] for key in ("lowest", "loss"))
         filled = "none" if style.endswith("--") else "full"
-        entropy.semilogy(low, end, style.rstrip("-") + "o", label=arm, fillstyle=filled, markersize=4)
-    entropy.set(title="digits, every run", xlabel="least attention entropy (nats)", ylabel="final loss")
+        entropy.semilogy(low, end, style.rstrip("-") + "o", label=arm, fillstyle=filled, markersize=5)
+    entropy.set(
+        title="digits, every arm and learning rate",
+        xlabel="least attention entropy (nats)",
+        ylabel="final loss",
+    )
     for axis in canvas.axes:
         axis.legend(fontsize=7)
     return canvas
 
 
 def _curve(by_rate: dict[str, Any], key: str) -> tuple[list[float], list[float]]:
-    """Median over seeds at every learning rate; a loss that is not finite is large."""
-    values = [[1e4 if v is None else v for v in runs[key]] for runs in by_rate.values()]
-    return [float(lr) for lr in by_rate], [float(np.median(one)) for one in values]
+    """Medians over seeds at every learning rate; what is not finite is drawn large."""
+    values = [runs[key] for runs in by_rate.values()]
+    return [float(lr) for lr in by_rate], [v if v is not None and np.isfinite(v) else 1e4 for v in values]
 
 
 def _failing(kind: str, plain: str, sigma: str, place: str, words: str) -> Claim:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,7 +55,7 @@ class Size:
             steps=200,
             seeds=5,
             arms=tuple(ARMS),
-            rates=tuple(1e-3 * 2**k for k in range(2, 6)),
+            rates=tuple(1e-3 * 2**k for k in range(3, 7)),
         )
     )
     widths: tuple[int, ...] = (64, 128, 256, 512)
@@ -229,7 +228,7 @@ def measure(quick: bool, trials: Trials) -> Measurements:
         details[kind] = {
             arm: {
                 f"{lr:g}": {
-                    key: [_short(run[key]) for run in several] for key in ("loss", "accuracy", "lowest")
+                    key: _median(run[key] for run in several) for key in ("loss", "accuracy", "lowest")
                 }
                 for lr, several in by_rate.items()
             }
@@ -238,5 +237,6 @@ def measure(quick: bool, trials: Trials) -> Measurements:
     return Measurements(estimates, details, tuple(range(size.digits.seeds)))
 
 
-def _short(value: float) -> float | None:
-    return None if not math.isfinite(value) else float(f"{value:.4g}")
+def _median(values: Iterable[float]) -> float:
+    """Median over seeds to four digits, for the figure; infinite if it is one of a loss that was not finite."""
+    return float(f"{np.median(list(values)):.4g}")
