@@ -6,6 +6,8 @@ Checks 1 to 4 and 10, of the entropy bound, stand in tests/measure/test_attentio
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -391,6 +393,50 @@ def test_update_every_counts_training_passes():
     found.eval()
     same(found(weight), found(weight), atol=0)
     same(found.u, vectors, atol=0)
+
+
+COMPILED = """
+import copy, torch
+from torch import nn
+from uncollapse.attention.sigma_reparam import apply_sigma_reparam
+
+torch.manual_seed(0)
+for batched, update_every, width in ((False, 1, 200), (True, 1, 6), (True, 2, 200), (False, 2, 6)):
+    plain = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)).double()
+    model = apply_sigma_reparam(plain, batched=batched, update_every=update_every, u_init="random")
+    other = copy.deepcopy(model)
+    for one, call in ((model, model), (other, torch.compile(other, backend="aot_eager", fullgraph=True))):
+        optimiser = torch.optim.SGD(one.parameters(), lr=0.01)
+        for step in range(4):
+            x = torch.randn(3, width, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            optimiser.zero_grad()
+            call(x).square().sum().backward()
+            optimiser.step()
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    torch.compiler.reset()
+"""
+
+
+def test_a_compiled_model_trains_the_same():
+    """In a process of its own: what checks shapes at run time here is nothing that a compiler can trace."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_data_parallel_model_takes_two_forward_passes(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = apply_sigma_reparam(net(), u_init="random", generator=generator(1))
+        other = copy.deepcopy(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        (parallel(images(0)) - parallel(images(1))).square().sum().backward()
+        (other(images(0)) - other(images(1))).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        same(a.grad, b.grad)
+    same(reparam(model.first).u, reparam(other.first).u)
 
 
 def test_checkpointed_activations_see_the_weight_of_their_forward_pass():
