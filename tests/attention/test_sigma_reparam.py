@@ -317,7 +317,7 @@ def test_8_plain_checkpoints_load_into_a_converted_model():
     wrong = kept | {"first.weight": torch.zeros(2, 2)}
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict(wrong)
-    with pytest.raises(DataError, match="zero"):
+    with pytest.raises(DataError, match=r"first.weight of the checkpoint: the weight is zero"):
         model.load_state_dict(kept | {"first.weight": torch.zeros(6, 6).double()})
 
 
@@ -583,6 +583,31 @@ def test_a_transposed_linear_layer_of_gpt2():
     x = draw(3, 7)
     before = layer(x)
     same(apply_sigma_reparam(layer)(x), before)
+    with pytest.raises(ConfigError, match="transposed"):
+        apply_sigma_reparam(
+            nn.ModuleDict({"attn": transformers.pytorch_utils.Conv1D(6, 6)}), blocks={"attn": 3}
+        )
+
+
+def test_models_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "vocab_size": 20}
+    config = transformers.LlamaConfig(**sizes, intermediate_size=12, tie_word_embeddings=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).double()
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids).logits
+    with pytest.raises(ConfigError, match=r"lm_head is tied to model.embed_tokens.weight"):
+        apply_sigma_reparam(model)
+    apply_sigma_reparam(model, exclude=["lm_head"])
+    same(model(ids).logits, before)
+    assert len(spectral_norms(model)) == 7
+    with AttentionEntropyMonitor(model) as monitor:
+        model(ids, attention_mask=torch.ones_like(ids))
+    assert set(monitor.entropy) == {"model.layers.0.self_attn"}
+    remove_norms(fuse(model))
+    assert not [name for name, _ in model.named_parameters() if "norm" in name]
 
 
 def test_names_choose_layers():

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from uncollapse.attention.sigma_reparam.estimate import as_blocks, power_step
 from uncollapse.attention.sigma_reparam.parametrization import SigmaReparam, SigmaTracker, checked_start
+from uncollapse.errors import DataError
 
 _FOLDER = "parametrizations."
 """Where `torch.nn.utils.parametrize` keeps what it computes a parameter from."""
@@ -71,7 +72,10 @@ def _from_plain(module: nn.Module, state: dict[str, Any], prefix: str, *rest: An
         if weight.shape != found.original.shape:
             continue  # load_state_dict says so itself
         matrix = as_blocks(weight, tracker.blocks)
-        _, u, sigma = power_step(matrix, checked_start(matrix, "svd"))
+        try:
+            _, u, sigma = power_step(matrix, checked_start(matrix, "svd"))
+        except DataError as error:
+            raise DataError(f"{prefix}{name} of the checkpoint: {error}") from error
         state[f"{folder}0.u"] = u.to(tracker.u.dtype)
         if isinstance(tracker, SigmaReparam):
             state[f"{folder}0.gamma"] = sigma.flatten().to(tracker.gamma.dtype)

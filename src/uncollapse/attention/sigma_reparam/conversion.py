@@ -39,7 +39,7 @@ def apply_sigma_reparam(
 
     Linear layers, convolutions (each group of one has its own norm), the projections that `nn.MultiheadAttention`
     holds itself, and the transposed linear layer `Conv1D` of GPT-2. Not embeddings and not bare parameters of other
-    modules. Nothing is changed if anything is refused. Make the optimiser afterwards: there are new parameters.
+    modules. Nothing is changed if a layer is refused. Make the optimiser afterwards: there are new parameters.
 
     Args:
         include: patterns of layer names (`*`, `?`); one that names a module takes everything in it.
@@ -49,7 +49,7 @@ def apply_sigma_reparam(
         init_std: 0.02 if not given; only for weights that are drawn anew.
         blocks: norms per layer, by pattern: `{"*.attn.qkv": 3, "*.self_attn": 3}` gives queries, keys and values their own.
         u_init, n_power_iterations, update_every: see `SigmaTracker`.
-        batched: take the power steps of layers of one shape together. Pays for small layers; not for sharded weights.
+        batched: take the power steps of layers of one shape together: fewer calls, more copying; see `PowerBatch`.
 
     Raises:
         ConfigError: tied weights, quantised or odd layers among the included (names them), no layer to convert, a
@@ -110,9 +110,9 @@ def _converted(
     for site, tracker in zip(sites, made, strict=True):
         attach(site.layer, site.name, tracker)
     if batched:
-        alike = defaultdict(list)
+        alike, new = defaultdict(list), {id(tracker) for tracker in made}
         for _, _, tracker, found in _parametrised(model):
-            if any(tracker is one for one in made):
+            if id(tracker) in new:
                 kind = tracker.v.shape[1], tracker.u.shape[1], found.original.dtype, found.original.device
                 alike[kind].append((tracker, found))
         for members in alike.values():

@@ -115,6 +115,10 @@ class SigmaTracker(nn.Module):
         _, _, sigma = power_step(matrix, self.u.to(matrix.dtype))
         return sigma.flatten(), torch.linalg.matrix_norm(matrix, 2)
 
+    def _apply(self, *change: Any) -> SigmaTracker:
+        self.handed = None  # on another device, or of another dtype, from here on
+        return super()._apply(*change)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._pass, self.handed = 0, None  # v and sigma belong to another weight now

@@ -136,6 +136,8 @@ def _weight_refusal(site: Site, owners: Mapping[int, Sequence[str]]) -> str | No
     if len(names) > 1:
         mine = f"{site.layer_name}.{site.name}".lstrip(".")
         return f"tied to {', '.join(name for name in names if name != mine)}"
+    if site.blocks > 1 and type(site.layer).__name__ == "Conv1D":
+        return f"transposed: {site.blocks} blocks would cut its input; leave it out of blocks"
     if weight.ndim < 2 or weight.shape[0] % site.blocks or site.blocks < 1:
         return f"of shape {tuple(weight.shape)}, which {site.blocks} blocks do not divide"
     return None
