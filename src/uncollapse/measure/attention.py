@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -81,19 +83,31 @@ def uniform_causal_entropy(length: int) -> float:
     return math.lgamma(length + 1) / length
 
 
+@overload
+def attention_entropy_lower_bound(norm: Tensor | float, keys: Tensor | int) -> Tensor: ...
+@overload
+def attention_entropy_lower_bound(norm: np.ndarray, keys: np.ndarray | int) -> np.ndarray: ...
+@overload
+def attention_entropy_lower_bound(norm: float, keys: np.ndarray) -> np.ndarray: ...
 def attention_entropy_lower_bound(
-    norm: Float[Tensor, "*batch"] | float, keys: Shaped[Tensor, "*batch"] | int
-) -> Float[Tensor, "*batch"]:
-    """Least entropy of a softmax over `keys` = T logits whose vector has Euclidean norm at most `norm` = s.
+    norm: Tensor | np.ndarray | float, keys: Tensor | np.ndarray | int
+) -> Tensor | np.ndarray:
+    """Least entropy of a softmax over `keys` = T logits whose vector has Euclidean norm at most `norm` = s; nats.
 
     ln(1 + (T-1) b) + s sqrt(T(T-1)) b / (1 + (T-1) b) with b = exp(-s sqrt(T/(T-1))); reached by one logit
     s sqrt((T-1)/T) and T-1 equal ones. ln T at s = 0, about T s exp(-s) for large s, and 0 for one key.
+
+    Norms and numbers of keys broadcast. Arrays give arrays, everything else tensors: of the dtype of a floating norm,
+    float64 otherwise.
 
     Source: Zhai et al. (2023), arXiv 2303.06296, theorem 3.1.
 
     Raises:
         DataError: a negative or NaN norm, or fewer than one key.
     """
+    if isinstance(norm, np.ndarray) or isinstance(keys, np.ndarray):
+        given = torch.as_tensor(np.asarray(norm, dtype=np.float64)), torch.as_tensor(np.asarray(keys))
+        return attention_entropy_lower_bound(*given).numpy()
     s = torch.as_tensor(norm)
     s = s if s.is_floating_point() and isinstance(norm, Tensor) else s.double()
     t = torch.as_tensor(keys, dtype=s.dtype, device=s.device)
@@ -101,8 +115,8 @@ def attention_entropy_lower_bound(
         raise DataError("attention_entropy_lower_bound: needs norms >= 0 and at least one key")
     others = (t - 1).clamp(min=1)
     b = torch.exp(-s * (t / others).sqrt())
-    z = 1 + others * b
-    bound = z.log() + s * (t * others).sqrt() * b / z
+    spread = others * b
+    bound = spread.log1p() + s * (t * others).sqrt() * b / (1 + spread)
     return torch.where(t > 1, bound, torch.zeros_like(bound))
 
 
