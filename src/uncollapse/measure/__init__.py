@@ -19,6 +19,7 @@ _HOME = {
         "bound_from_weights",
         "uniform_causal_entropy",
     ),
+    "attention_gradient": ("attention_rows_with_gradient",),
     "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),
     "entropy_change": (
         "EntropyQuadrants",

@@ -157,6 +157,7 @@ def attention_rows(
     scale: float | None = None,
     mask: Shaped[Tensor, "#batch #head #query key"] | None = None,
     causal: bool = False,
+    softcap: float | None = None,
 ) -> AttentionRows:
     """Statistics of attention rows, recomputed from queries and keys; never holds more than a few query rows.
 
@@ -164,6 +165,7 @@ def attention_rows(
         scale: factor of the scores; 1/sqrt(feature) if not given.
         mask: True where a key may be seen, or numbers added to the scores (as kernels take it).
         causal: query i of n sees the keys up to the i-th of the last n; keys beyond are not even computed.
+        softcap: scores s become softcap tanh(s / softcap) before the mask.
 
     Raises:
         DataError: heads that the key heads do not divide, or a non-finite score.
@@ -175,29 +177,40 @@ def attention_rows(
     scale = width**-0.5 if scale is None else scale
     grouped = query.detach().reshape(batch, kv_heads, heads // kv_heads, queries, width) * scale
     keys_t = key.detach().mT
-    rows = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys))
+    rows = rows_per_chunk(batch * heads * keys)
     parts = [
-        _chunk(grouped[:, :, :, start : start + rows], keys_t, mask, causal, start, queries)
+        _chunk(grouped[:, :, :, start : start + rows], keys_t, mask, causal, softcap, start, queries)
         for start in range(0, queries, rows)
     ]
     return _joined(parts, (batch, heads, queries), query)
 
 
-def _chunk(
+def rows_per_chunk(elements_per_row: int) -> int:
+    """How many query rows are worked on at once."""
+    return max(1, _CHUNK_ELEMENTS // max(1, elements_per_row))
+
+
+def scores_of_rows(
     query: Float[Tensor, "batch kv_head group row feature"],
     keys_t: Float[Tensor, "batch kv_head feature key"],
     mask: Tensor | None,
     causal: bool,
+    softcap: float | None,
     start: int,
     queries: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, allowed keys, peak and first of query rows `start` onwards; each (batch, head, row)."""
+) -> tuple[Float[Tensor, "batch head row seen"], Float[Tensor, "batch head row"]]:
+    """Scores of query rows `start` onwards, very low where no key may be seen, and how many keys each row may see.
+
+    `query` is scaled already. With `causal` the keys behind the last row's are left out. At least float32.
+    """
     batch, kv_heads, group, rows, _ = query.shape
     keys = keys_t.shape[-1]
     end = min(keys, keys - queries + start + rows) if causal else keys
     scores = query.reshape(batch, kv_heads, group * rows, -1) @ keys_t[..., :end]
     scores = scores.reshape(batch, kv_heads * group, rows, end)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     seen = None
     if mask is not None:
         here = mask[..., start : start + rows, :end] if mask.shape[-2] > 1 else mask[..., :end]
@@ -215,12 +228,25 @@ def _chunk(
     else:
         scores = scores.masked_fill(~seen, _LOW)
         allowed = seen.sum(-1).expand(scores.shape[:-1]).to(scores.dtype)
-    top = scores.amax(-1, keepdim=True)
-    shifted = scores.sub_(top)
-    weight = shifted.exp()
-    total = weight.sum(-1)
-    entropy = total.log() - torch.linalg.vecdot(weight, shifted) / total
-    return entropy, allowed, 1 / total, weight[..., 0] / total
+    return scores, allowed
+
+
+def _chunk(
+    query: Float[Tensor, "batch kv_head group row feature"],
+    keys_t: Float[Tensor, "batch kv_head feature key"],
+    mask: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+    start: int,
+    queries: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, allowed keys, peak and first of query rows `start` onwards; each (batch, head, row)."""
+    scores, allowed = scores_of_rows(query, keys_t, mask, causal, softcap, start, queries)
+    attention = scores.softmax(-1)  # several times faster than exp, which stumbles over very low scores
+    peak = attention.amax(-1)
+    below = scores.sub_(scores.amax(-1, keepdim=True))
+    entropy = -(peak.log() + torch.linalg.vecdot(attention, below))
+    return entropy, allowed, peak, attention[..., 0]
 
 
 def _joined(
