@@ -14,8 +14,18 @@ __version__ = "0.1.0.dev0"
 
 _ROOMS = frozenset(
     {
-        "measure", "inspection", "policy", "attention", "representation", "tasks", "models", "integrations", "studies",
-        "report", "runs", "catalogue",
+        "measure",
+        "inspection",
+        "policy",
+        "attention",
+        "representation",
+        "tasks",
+        "models",
+        "integrations",
+        "studies",
+        "report",
+        "runs",
+        "catalogue",
     }
 )
 

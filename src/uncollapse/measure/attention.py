@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -28,14 +27,12 @@ _LOW = -1e30
 _CHUNK_ELEMENTS = 1 << 18
 """Elements of the score matrix held at once: about what stays in a core's cache."""
 
-Reduce = Literal["head", "row"]
-
 
 def attention_entropy(
     attn: Float[Tensor, "batch head query key"] | None = None,
     logits: Float[Tensor, "batch head query key"] | None = None,
     mask: Bool[Tensor, "#batch #head #query key"] | None = None,
-    reduce: Reduce = "head",
+    reduce: str = "head",
     normalize: bool = False,
 ) -> Float[Tensor, "*rows"]:
     """Entropy of attention rows from probabilities or, better, logits; 0 to ln(number of allowed keys).
@@ -61,10 +58,7 @@ def attention_entropy(
         seen = attn if mask is None else attn.masked_fill(~mask, 0)
         rows = torch.special.entr(seen).sum(-1)
         shape, keys = attn.shape[:-1], attn.shape[-1]
-    if mask is None:
-        allowed = torch.full(shape, keys, device=rows.device)
-    else:
-        allowed = mask.sum(-1).expand(shape)
+    allowed = torch.full(shape, keys, device=rows.device) if mask is None else mask.sum(-1).expand(shape)
     if normalize:
         rows = rows / allowed.to(rows.dtype).log()
     rows = rows.masked_fill(allowed < (2 if normalize else 1), torch.nan)
@@ -115,7 +109,9 @@ def bound_from_logits(
     count = allowed.sum(-1, keepdim=True)
     kept = logits.masked_fill(~allowed, 0)
     centred = (kept - kept.sum(-1, keepdim=True) / count.clamp(min=1)).masked_fill(~allowed, 0)
-    bound = attention_entropy_lower_bound(torch.linalg.vector_norm(centred, dim=-1), count[..., 0].clamp(min=1))
+    bound = attention_entropy_lower_bound(
+        torch.linalg.vector_norm(centred, dim=-1), count[..., 0].clamp(min=1)
+    )
     return bound.masked_fill(count[..., 0] == 0, torch.nan)
 
 
@@ -177,7 +173,7 @@ def attention_rows(
     scale = width**-0.5 if scale is None else scale
     grouped = query.detach().reshape(batch, kv_heads, heads // kv_heads, queries, width) * scale
     keys_t = key.detach().mT
-    rows = rows_per_chunk(batch * heads * keys)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys))
     parts = [
         _chunk(grouped[:, :, :, start : start + rows], keys_t, mask, causal, softcap, start, queries)
         for start in range(0, queries, rows)
@@ -185,12 +181,7 @@ def attention_rows(
     return _joined(parts, (batch, heads, queries), query)
 
 
-def rows_per_chunk(elements_per_row: int) -> int:
-    """How many query rows are worked on at once."""
-    return max(1, _CHUNK_ELEMENTS // max(1, elements_per_row))
-
-
-def scores_of_rows(
+def _chunk(
     query: Float[Tensor, "batch kv_head group row feature"],
     keys_t: Float[Tensor, "batch kv_head feature key"],
     mask: Tensor | None,
@@ -198,11 +189,8 @@ def scores_of_rows(
     softcap: float | None,
     start: int,
     queries: int,
-) -> tuple[Float[Tensor, "batch head row seen"], Float[Tensor, "batch head row"]]:
-    """Scores of query rows `start` onwards, very low where no key may be seen, and how many keys each row may see.
-
-    `query` is scaled already. With `causal` the keys behind the last row's are left out. At least float32.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, allowed keys, peak and first of query rows `start` onwards; each (batch, head, row)."""
     batch, kv_heads, group, rows, _ = query.shape
     keys = keys_t.shape[-1]
     end = min(keys, keys - queries + start + rows) if causal else keys
@@ -228,25 +216,12 @@ def scores_of_rows(
     else:
         scores = scores.masked_fill(~seen, _LOW)
         allowed = seen.sum(-1).expand(scores.shape[:-1]).to(scores.dtype)
-    return scores, allowed
-
-
-def _chunk(
-    query: Float[Tensor, "batch kv_head group row feature"],
-    keys_t: Float[Tensor, "batch kv_head feature key"],
-    mask: Tensor | None,
-    causal: bool,
-    softcap: float | None,
-    start: int,
-    queries: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, allowed keys, peak and first of query rows `start` onwards; each (batch, head, row)."""
-    scores, allowed = scores_of_rows(query, keys_t, mask, causal, softcap, start, queries)
-    attention = scores.softmax(-1)  # several times faster than exp, which stumbles over very low scores
-    peak = attention.amax(-1)
-    below = scores.sub_(scores.amax(-1, keepdim=True))
-    entropy = -(peak.log() + torch.linalg.vecdot(attention, below))
-    return entropy, allowed, peak, attention[..., 0]
+    top = scores.amax(-1, keepdim=True)
+    shifted = scores.sub_(top)
+    weight = shifted.exp()
+    total = weight.sum(-1)
+    entropy = total.log() - torch.linalg.vecdot(weight, shifted) / total
+    return entropy, allowed, 1 / total, weight[..., 0] / total
 
 
 def _joined(

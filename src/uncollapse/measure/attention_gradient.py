@@ -18,6 +18,9 @@ from uncollapse.errors import ConfigError
 from uncollapse.measure import attention
 from uncollapse.measure.attention import AttentionRows, attention_rows
 
+_LOW = -1e30
+"""A score that no key may have: its softmax is exactly 0, and 0 times it is 0 where that of -inf would be NaN."""
+
 
 def attention_rows_with_gradient(
     query: Float[Tensor, "batch head query feature"],
@@ -73,21 +76,31 @@ class _Rows(torch.autograd.Function):
         to_key = key.new_zeros(key.shape, dtype=entropy.dtype)
         blind = entropy.isnan()
         above, entropy = above.masked_fill(blind, 0), entropy.masked_fill(blind, 0)
-        size = attention.rows_per_chunk(batch * heads * keys)
+        size = max(1, attention._CHUNK_ELEMENTS // max(1, batch * heads * keys))
         for start in range(0, queries, size):
-            here = slice(start, start + size)
-            part = grouped[:, :, :, here]
-            scores, _ = attention.scores_of_rows(part, key.mT, mask, ctx.causal, ctx.softcap, start, queries)
+            here = slice(start, min(start + size, queries))
+            part = grouped[:, :, :, here].reshape(batch, kv_heads, -1, width)
+            plain = (part @ key.mT).reshape(batch, heads, -1, keys).to(entropy.dtype)
+            scores = plain if ctx.softcap is None else ctx.softcap * (plain / ctx.softcap).tanh()
+            scores = _masked(scores, mask, ctx.causal, here, queries)
             surprise = scores.log_softmax(-1).add_(entropy[:, :, here, None])
             slope = scores.softmax(-1).mul_(surprise).mul_(-above[:, :, here, None])
-            end = slope.shape[-1]
-            flat = part.reshape(batch, kv_heads, -1, width)
-            slope = slope.reshape(batch, kv_heads, -1, end)
-            if ctx.softcap is not None:  # d(c tanh(s/c))/ds, of the scores without the cap
-                plain = (flat @ key[:, :, :end].mT).to(slope.dtype)
+            if ctx.softcap is not None:
                 slope = slope * (1 - (plain / ctx.softcap).tanh().square())
-            slope = slope.to(query.dtype)
-            to_query[:, :, :, here] = (slope @ key[:, :, :end]).reshape(part.shape)
-            to_key[:, :, :end] += slope.mT @ flat
+            slope = slope.reshape(batch, kv_heads, -1, keys).to(query.dtype)
+            to_query[:, :, :, here] = (slope @ key).reshape(to_query[:, :, :, here].shape)
+            to_key += slope.mT @ part
         to_query = (to_query * ctx.scale).reshape(query.shape)
         return to_query, to_key.to(key.dtype), None, None, None, None
+
+
+def _masked(scores: Tensor, mask: Tensor | None, causal: bool, here: slice, queries: int) -> Tensor:
+    """Scores of the query rows `here` with their mask, very low where a key may not be seen."""
+    keys = scores.shape[-1]
+    if mask is not None:
+        part = mask[..., here, :] if mask.shape[-2] > 1 else mask
+        scores = scores.masked_fill(~part, _LOW) if part.dtype == torch.bool else (scores + part).clamp(min=_LOW)
+    if causal:
+        place = torch.arange(here.start, here.stop, device=scores.device) + keys - queries
+        scores = scores.masked_fill(torch.arange(keys, device=scores.device) > place[:, None], _LOW)
+    return scores
