@@ -37,13 +37,17 @@ def naive_entropy(q, k, scale, seen, softcap=None):
     chunk=st.sampled_from([1, 100, 1 << 18]),
     scale=st.sampled_from([0.3, 2.0]),
 )
-def test_value_and_gradient_are_those_of_the_whole_matrix(seed, queries, kv_heads, causal, softcap, chunk, scale):
+def test_value_and_gradient_are_those_of_the_whole_matrix(
+    seed, queries, kv_heads, causal, softcap, chunk, scale
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("uncollapse.measure.attention._CHUNK_ELEMENTS", chunk)
         q, k = queries_and_keys(seed, queries=queries, kv_heads=kv_heads)
         seen = torch.ones(queries, 6, dtype=torch.bool)
         seen = seen.tril(6 - queries) if causal else seen
-        weight = torch.randn(2, 4, queries, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        weight = torch.randn(
+            2, 4, queries, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
         rows = attention_rows_with_gradient(q, k, scale=scale, causal=causal, softcap=softcap)
         found = torch.autograd.grad((rows.entropy * weight).sum(), (q, k))
     naive = naive_entropy(q, k, scale, seen, softcap)
@@ -55,7 +59,9 @@ def test_value_and_gradient_are_those_of_the_whole_matrix(seed, queries, kv_head
 
 def test_against_finite_differences():
     q, k = queries_and_keys(1)
-    assert torch.autograd.gradcheck(lambda q, k: attention_rows_with_gradient(q, k, causal=True).entropy, (q, k))
+    assert torch.autograd.gradcheck(
+        lambda q, k: attention_rows_with_gradient(q, k, causal=True).entropy, (q, k)
+    )
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
@@ -63,7 +69,11 @@ def test_masks_and_rows_that_see_nothing(kind):
     q, k = queries_and_keys(2)
     seen = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     seen[0, 0, :, 0] = False  # left padding: the first row of the first sample is blind
-    mask = seen if kind == "bool" else torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    mask = (
+        seen
+        if kind == "bool"
+        else torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    )
     rows = attention_rows_with_gradient(q, k, mask=mask)
     blind = ~seen.any(-1).expand(2, 4, 6)
     assert torch.equal(rows.entropy.isnan(), blind)

@@ -99,7 +99,9 @@ def _masked(scores: Tensor, mask: Tensor | None, causal: bool, here: slice, quer
     keys = scores.shape[-1]
     if mask is not None:
         part = mask[..., here, :] if mask.shape[-2] > 1 else mask
-        scores = scores.masked_fill(~part, _LOW) if part.dtype == torch.bool else (scores + part).clamp(min=_LOW)
+        scores = (
+            scores.masked_fill(~part, _LOW) if part.dtype == torch.bool else (scores + part).clamp(min=_LOW)
+        )
     if causal:
         place = torch.arange(here.start, here.stop, device=scores.device) + keys - queries
         scores = scores.masked_fill(torch.arange(keys, device=scores.device) > place[:, None], _LOW)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,7 +26,10 @@ from uncollapse.errors import ConfigError, DataError
 FeedForward = Literal["gelu", "relu", "linear", "scaled-fused", "weight-norm", "spectral-norm"]
 
 _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
-_WEIGHT_NORMS = {"weight-norm": parametrizations.weight_norm, "spectral-norm": parametrizations.spectral_norm}
+_WEIGHT_NORMS: Mapping[str, Callable[[nn.Module], nn.Module]] = {
+    "weight-norm": parametrizations.weight_norm,
+    "spectral-norm": parametrizations.spectral_norm,
+}
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,10 @@ class ReducedDecoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(context, width)
-            self.blocks = nn.ModuleList(
-                self._block(width, heads, t_init, parametrization) for _ in range(layers)
-            )
+            blocks = [self._block(width, heads, t_init, parametrization) for _ in range(layers)]
+            self.blocks = nn.ModuleList(blocks)
             self.norm = self._norm(width)
-            self._draw()
+            self._draw(blocks)
 
     def _norm(self, width: int) -> nn.Module:
         return nn.LayerNorm(width) if self.architecture.norm else nn.Identity()
@@ -127,19 +129,19 @@ class ReducedDecoder(nn.Module):
         return Block(attention, ResidualFFN(width, act, self._norm(width)), self._norm(width))
 
     @torch.no_grad()
-    def _draw(self) -> None:
+    def _draw(self, blocks: Sequence[Block]) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         normalize = _WEIGHT_NORMS.get(self.architecture.feed_forward)
-        for block in self.blocks:
+        for block in blocks:
             ffn = block.feed_forward
             for join in (block.attention.out, ffn.linear if isinstance(ffn, ScaledFusedFFN) else ffn.down):
-                join.weight /= math.sqrt(2 * len(self.blocks))
-            if normalize is not None:  # last: it takes norms and directions from the weights
-                normalize(ffn.up)
+                join.weight /= math.sqrt(2 * len(blocks))
+            if normalize is not None and isinstance(ffn, ResidualFFN):
+                normalize(ffn.up)  # last, since it takes norm and direction from the weights
                 normalize(ffn.down)
 
     def forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:

@@ -125,7 +125,12 @@ class AttachedRegularizer(nn.Module):
             )
         rows = [
             attention_rows_with_gradient(
-                call.query, call.key, scale=call.scale, mask=call.mask, causal=call.causal, softcap=call.softcap
+                call.query,
+                call.key,
+                scale=call.scale,
+                mask=call.mask,
+                causal=call.causal,
+                softcap=call.softcap,
             )
             for call in calls
         ]
@@ -152,7 +157,7 @@ class AttachedRegularizer(nn.Module):
 
 
 def _from_config(model: nn.Module, name: str, argument: str) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     value = getattr(config, name, None)

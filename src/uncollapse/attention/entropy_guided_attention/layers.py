@@ -35,7 +35,9 @@ class CausalAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(self.sharpened(q), k, v, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
 
-    def sharpened(self, query: Float[Tensor, "batch head time feature"]) -> Float[Tensor, "batch head time feature"]:
+    def sharpened(
+        self, query: Float[Tensor, "batch head time feature"]
+    ) -> Float[Tensor, "batch head time feature"]:
         """The queries that the softmax sees."""
         return query
 
@@ -59,7 +61,13 @@ class TemperedAttention(CausalAttention):
     """
 
     def __init__(
-        self, width: int, heads: int, context: int, *, t_init: float = 1.0, parametrization: Parametrization = "clamp"
+        self,
+        width: int,
+        heads: int,
+        context: int,
+        *,
+        t_init: float = 1.0,
+        parametrization: Parametrization = "clamp",
     ) -> None:
         super().__init__(width, heads)
         if parametrization not in get_args(Parametrization):
@@ -79,7 +87,9 @@ class TemperedAttention(CausalAttention):
             return self.raw_temperature.clamp(min=LOWEST_TEMPERATURE)
         return F.softplus(self.raw_temperature)
 
-    def sharpened(self, query: Float[Tensor, "batch head time feature"]) -> Float[Tensor, "batch head time feature"]:
+    def sharpened(
+        self, query: Float[Tensor, "batch head time feature"]
+    ) -> Float[Tensor, "batch head time feature"]:
         """Queries over their temperature."""
         temperature = self.temperature
         place = torch.arange(query.shape[2], device=query.device).clamp(max=temperature.shape[1] - 1)
@@ -99,15 +109,17 @@ def fuse_linear(first: nn.Linear, second: nn.Linear) -> nn.Linear:
         raise DataError(f"fuse_linear: {first.out_features} features out, but {second.in_features} in")
     biased = first.bias is not None or second.bias is not None
     weight = second.weight.detach() @ first.weight.detach()
-    fused = nn.Linear(first.in_features, second.out_features, bias=biased, device=weight.device, dtype=weight.dtype)
+    fused = nn.Linear(
+        first.in_features, second.out_features, bias=biased, device=weight.device, dtype=weight.dtype
+    )
     with torch.no_grad():
         fused.weight.copy_(weight)
         if biased:
             fused.bias.zero_()
             if first.bias is not None:
-                fused.bias += second.weight @ first.bias
+                fused.bias.add_(second.weight @ first.bias)
             if second.bias is not None:
-                fused.bias += second.bias
+                fused.bias.add_(second.bias)
     return fused
 
 
@@ -160,7 +172,9 @@ class ResidualFFN(nn.Module):
 class Block(nn.Module):
     """Attention with its residual, then a feed-forward layer that brings its own."""
 
-    def __init__(self, attention: CausalAttention, feed_forward: nn.Module, norm: nn.Module) -> None:
+    def __init__(
+        self, attention: CausalAttention, feed_forward: ScaledFusedFFN | ResidualFFN, norm: nn.Module
+    ) -> None:
         super().__init__()
         self.norm, self.attention, self.feed_forward = norm, attention, feed_forward
 
@@ -176,7 +190,13 @@ class SoftmaxOnlyBlock(Block):
     """
 
     def __init__(
-        self, width: int, heads: int, context: int, *, t_init: float = 1.0, parametrization: Parametrization = "clamp"
+        self,
+        width: int,
+        heads: int,
+        context: int,
+        *,
+        t_init: float = 1.0,
+        parametrization: Parametrization = "clamp",
     ) -> None:
         attention = TemperedAttention(width, heads, context, t_init=t_init, parametrization=parametrization)
         super().__init__(attention, ScaledFusedFFN(width), nn.Identity())

@@ -60,7 +60,9 @@ class EntropyRegularizer:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 given = ", ".join(map(repr, get_args(kind)))
-                raise ConfigError(f"EntropyRegularizer: {name} is {getattr(self, name)!r}; give one of {given}")
+                raise ConfigError(
+                    f"EntropyRegularizer: {name} is {getattr(self, name)!r}; give one of {given}"
+                )
         for name in ("gamma", "coef", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"EntropyRegularizer: {name} is {getattr(self, name):g}; give at least 0")
@@ -171,7 +173,9 @@ def _check_alike(shapes: Sequence[tuple[int, ...]]) -> None:
     if not shapes:
         raise DataError("EntropyRegularizer: no layer was given")
     if len(set(shapes)) > 1:
-        raise DataError(f"EntropyRegularizer: layers differ in shape, {shapes[0]} and {sorted(set(shapes))[-1]}")
+        raise DataError(
+            f"EntropyRegularizer: layers differ in shape, {shapes[0]} and {sorted(set(shapes))[-1]}"
+        )
 
 
 def _entropy(attn: Float[Tensor, "*rows key"], eps: float) -> Float[Tensor, "*rows"]:

@@ -69,7 +69,16 @@ ARMS: Mapping[str, Arm] = {
 """Architectures of the paper; the penalty per row (released code), per head (Algorithm 1), with thresholds frozen, without
 temperatures and without dead zone; and temperatures that start where the paper prints."""
 
-ENDS = ("loss", "lowest_layer", "overload", "overload_log_T", "overload_causal", "collapse", "sink", "diverged")
+ENDS = (
+    "loss",
+    "lowest_layer",
+    "overload",
+    "overload_log_T",
+    "overload_causal",
+    "collapse",
+    "sink",
+    "diverged",
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,16 @@ class Size:
 
 
 QUICK = Size(
-    seeds=2, steps=6, batch=2, context=16, width=16, heads=2, layers=2, held_out_rows=4, train_bytes=20_000, looks=2
+    seeds=2,
+    steps=6,
+    batch=2,
+    context=16,
+    width=16,
+    heads=2,
+    layers=2,
+    held_out_rows=4,
+    train_bytes=20_000,
+    looks=2,
 )
 
 
@@ -185,7 +203,9 @@ def _lowest_layer(entropies: HeadEntropies) -> float:
     return float(entropies.entropy.mean(1).min())
 
 
-def _end(model: ReducedDecoder, seen: HeadEntropies, attached: AttachedRegularizer | None, diverged: bool) -> Run:
+def _end(
+    model: ReducedDecoder, seen: HeadEntropies, attached: AttachedRegularizer | None, diverged: bool
+) -> Run:
     """Heads at the last look; parameters as they are now."""
     found = seen.diagnose()
     temperatures = [m.temperature.detach() for m in model.modules() if isinstance(m, TemperedAttention)]
