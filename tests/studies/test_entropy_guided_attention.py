@@ -114,7 +114,9 @@ def test_verdicts_follow_the_numbers() -> None:
 
 def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", SMALL)
-    outcome = run_study(study("entropy-guided-attention"), quick=True, output=tmp_path, work=tmp_path / "work")
+    outcome = run_study(
+        study("entropy-guided-attention"), quick=True, output=tmp_path, work=tmp_path / "work"
+    )
     assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
     assert outcome.figure is not None
     assert outcome.figure.read_text().startswith("<?xml")

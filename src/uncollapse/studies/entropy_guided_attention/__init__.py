@@ -1,7 +1,8 @@
 """Reproduction of "Entropy-Guided Attention for Private LLMs" (2501.03489).
 
 A small decoder on the bytes of Python's standard library, with one nonlinearity less at a time, then with what the paper
-puts in their place. Claims, criteria and seeds were fixed before the run.
+puts in their place. Claims, criteria and seeds were fixed before the run; the claim with a fixed yardstick was added when seed 100, on
+which the learning rate was calibrated, showed that the paper's histogram and that yardstick can disagree.
 """
 
 from __future__ import annotations
@@ -50,6 +51,21 @@ def figure(measured: Measurements) -> Figure:
     return canvas
 
 
+def _less_overload(id: str, share: str, bin: str) -> Claim:
+    return Claim(
+        id=id,
+        paper_says="The entropy penalty removes entropic overload.",
+        measured=f"Share of heads in the {bin}: with the penalty at most 0.7 times that of SM+ScFuFFN, paired by seed.",
+        criterion=AllOf(
+            (
+                Bound(f"SM+ScFuFFN/{share}", ">", 0.0, by="value"),
+                Bound(f"EReg-minus-0.7-times-SM+ScFuFFN/{share}", "<=", 0.0),
+            )
+        ),
+        effect=f"EReg-minus-SM+ScFuFFN/{share}",
+    )
+
+
 STUDY = Study(
     slug="entropy-guided-attention",
     claims=(
@@ -73,18 +89,15 @@ STUDY = Study(
             criterion=Bound("SM+ScFuFFN/diverged", "<=", 0.0, by="value"),
             effect="SM+ScFuFFN/diverged",
         ),
-        Claim(
-            id="c-overload",
-            paper_says="The entropy penalty removes entropic overload.",
-            measured="Share of heads in the highest quarter of the observed range (the paper's histogram): with the penalty at "
-            "most 0.7 times that of SM+ScFuFFN, paired by seed.",
-            criterion=AllOf(
-                (
-                    Bound("SM+ScFuFFN/overload", ">", 0.0, by="value"),
-                    Bound("EReg-minus-0.7-times-SM+ScFuFFN/overload", "<=", 0.0),
-                )
-            ),
-            effect="EReg-minus-SM+ScFuFFN/overload",
+        _less_overload(
+            "c-overload",
+            "overload",
+            "highest quarter of the entropies observed in the model (the paper's histogram)",
+        ),
+        _less_overload(
+            "c-overload-fixed",
+            "overload_causal",
+            "highest quarter of what a causal head can have, (ln T!)/T, a yardstick that is the same for all models",
         ),
         Claim(
             id="d-loss",
@@ -107,7 +120,9 @@ STUDY = Study(
             "overload",
             "Share of heads in the highest quarter: of the largest entropy observed (the paper), of ln T, and of what a uniform "
             "causal head has.",
-            tuple(f"{arm}/{name}" for arm in ARMS for name in ("overload", "overload_log_T", "overload_causal")),
+            tuple(
+                f"{arm}/{name}" for arm in ARMS for name in ("overload", "overload_log_T", "overload_causal")
+            ),
         ),
         Observation(
             "collapse",
@@ -125,13 +140,12 @@ STUDY = Study(
                 for name in ("loss", "lowest_layer", "overload", "overload_causal")
             ),
         ),
-        Observation(
-            "diverged", "Share of seeds that diverged.", tuple(f"{arm}/diverged" for arm in ARMS)
-        ),
+        Observation("diverged", "Share of seeds that diverged.", tuple(f"{arm}/diverged" for arm in ARMS)),
     ),
     limits=(
-        "A decoder of 8 layers and width 64 on half a million bytes, far from converged: the paper trains GPT-2 on 2.1 "
-        "billion tokens."
+        "A decoder of 8 layers, width 64 and 4 heads after 600 steps of 8 rows of 64 bytes, far from converged; the paper trains "
+        "GPT-2 small on 2.1 billion tokens. Its batch size, which decides how much its coefficient weighs, is not stated and "
+        "assumed to be 128."
     ),
     sources=(
         "uncollapse.measure",

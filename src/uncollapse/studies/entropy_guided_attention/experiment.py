@@ -83,18 +83,22 @@ ENDS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: the full study or a smoke run."""
+    """How much of everything: the full study or a smoke run.
+
+    Calibrated on seed 100, which the study does not use: of 1e-3 and 3e-3 the learning rate with which SM+LN+G had the
+    smaller loss after 300 steps of 16 rows (2.43 against 2.57), and small batches, since 8 rows lead to 2.35 with as many bytes.
+    """
 
     seeds: int = 3
-    steps: int = 500
-    batch: int = 16
+    steps: int = 600
+    batch: int = 8
     context: int = 64
     width: int = 64
     heads: int = 4
     layers: int = 8
     held_out_rows: int = 128
     train_bytes: int = 1_000_000
-    lr: float = 1e-3
+    lr: float = 3e-3
     looks: int = 10
 
 
@@ -260,10 +264,10 @@ def summarize(runs: Mapping[str, Sequence[Run]], seeds: Sequence[int]) -> dict[s
     failed = [float(a >= WORSE * b) for a, b in zip(plain["loss"], normal["loss"], strict=True)]
     estimates["SM-below-SM+LN+G/lowest_layer"] = mean_over_seeds(lower, seeds)
     estimates["SM-fails/loss"] = mean_over_seeds(failed, seeds)
-    kept = [0.7 * value for value in column["SM+ScFuFFN"]["overload"]]
-    estimates["EReg-minus-0.7-times-SM+ScFuFFN/overload"] = paired_difference(
-        column["EReg"]["overload"], kept, seeds
-    )
+    for name in ("overload", "overload_causal"):
+        kept = [0.7 * value for value in column["SM+ScFuFFN"][name]]
+        found = paired_difference(column["EReg"][name], kept, seeds)
+        estimates[f"EReg-minus-0.7-times-SM+ScFuFFN/{name}"] = found
     return estimates
 
 
