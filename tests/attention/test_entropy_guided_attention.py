@@ -597,6 +597,17 @@ def test_thresholds_train_move_copy_and_keep_out_of_weight_decay():
         attached.parameter_groups(1e-3)
 
 
+def test_the_penalty_keeps_no_matrix_of_attention():
+    model, kept, length = decoder(context=128).train(), [], 128
+    attached = attach_entropy_regularizer(model, REG, layers=3, heads=2)
+    model(torch.randint(0, 11, (1, length)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        penalty = attached.penalty()
+    penalty.backward()
+    assert max(kept) < length * length / 2
+    assert sum(kept) < 3 * 2 * length * length
+
+
 def test_models_of_plain_torch():
     model = decoder().double()
     attached = attach_entropy_regularizer(model, REG, layers=3, heads=2, theta_init=0.9)
