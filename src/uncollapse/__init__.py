@@ -29,12 +29,16 @@ _ROOMS = frozenset(
     }
 )
 
-__all__ = ["UncollapseError", "__version__", *sorted(_ROOMS)]
+_FUNCTIONS = {"watch": "inspection"}
+
+__all__ = ["UncollapseError", "__version__", *sorted([*_FUNCTIONS, *_ROOMS])]
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"uncollapse.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"uncollapse.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'uncollapse' has no attribute {name!r}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, attention_calls
-from uncollapse.measure.attention import AttentionRows
+from uncollapse.measure.attention import AttentionRows, KeyMask
 
 COLLAPSED = 0.05
 """Normalised entropy below which a head has collapsed: of the spread it could have, a twentieth."""
@@ -66,6 +66,11 @@ class AttentionTally:
     def __init__(self) -> None:
         self._sums: dict[str, Float[Tensor, "sum head"]] = {}
         self._lowest: dict[str, Float[Tensor, " head"]] = {}
+        self._masks = _Masks()
+
+    def add_call(self, call: AttentionCall, mask: Bool[Tensor, "batch query"] | None = None) -> None:
+        """Count the rows of a call."""
+        self.add(call.layer, call.rows(self._masks.read(call)), mask)
 
     def add(self, layer: str, rows: AttentionRows, mask: Bool[Tensor, "batch query"] | None = None) -> None:
         """Count the rows of a layer; queries outside the mask are padding."""
@@ -111,6 +116,26 @@ class AttentionTally:
         """Forget what was counted."""
         self._sums.clear()
         self._lowest.clear()
+        self._masks = _Masks()
+
+
+class _Masks:
+    """The last few masks that were read: layers of a forward pass share one, or one for each kind of layer."""
+
+    kept = 2
+
+    def __init__(self) -> None:
+        self._read: list[tuple[Tensor | None, tuple[int, int, bool], KeyMask]] = []
+
+    def read(self, call: AttentionCall) -> KeyMask:
+        """The call's mask; the very same tensor is read once."""
+        size = (call.query.shape[-2], call.key.shape[-2], call.causal)
+        for mask, of_size, found in self._read:
+            if mask is call.mask and of_size == size:
+                return found
+        found = call.key_mask()
+        self._read = [(call.mask, size, found), *self._read[: self.kept - 1]]
+        return found
 
 
 @contextmanager
@@ -130,7 +155,7 @@ def attention_statistics(model: nn.Module) -> Iterator[AttentionTally]:
         padding.read(kwargs)
 
     def seen(call: AttentionCall) -> None:
-        tally.add(call.layer, call.rows(), padding.queries(call.query))
+        tally.add_call(call, padding.queries(call.query))
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:

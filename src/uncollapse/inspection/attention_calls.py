@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
-from uncollapse.measure.attention import AttentionRows, attention_rows
+from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, attention_rows_of_matrix
 
 LOOKED_FOR = (
     "transformers models whose config names an attention implementation (eager, sdpa, flash_attention_2 ...)",
@@ -37,6 +37,7 @@ class AttentionCall:
         mask: True where a key may be seen, or numbers added to the scores; None for all keys.
         causal: the last query sees all keys, each one before it a key less.
         softcap: scores are softcap * tanh(scores / softcap), or None.
+        weights: the probabilities, where the kernel shows them (eager attention) at full precision and without dropout.
     """
 
     layer: str
@@ -46,17 +47,24 @@ class AttentionCall:
     mask: Shaped[Tensor, "#batch #head #query key"] | None = None
     causal: bool = False
     softcap: float | None = None
+    weights: Float[Tensor, "batch head query key"] | None = None
 
-    def rows(self) -> AttentionRows:
-        """Statistics of its rows, without gradient and without the whole matrix."""
-        return attention_rows(
-            self.query, self.key, scale=self.scale, mask=self.mask, causal=self.causal, softcap=self.softcap
-        )
+    def key_mask(self) -> KeyMask:
+        """The mask as it is read once for all layers that share it."""
+        queries, keys = self.query.shape[-2], self.key.shape[-2]
+        return KeyMask.of(self.mask, queries, keys, causal=self.causal, device=self.query.device)
+
+    def rows(self, mask: KeyMask | None = None) -> AttentionRows:
+        """Statistics of its rows, without gradient and without the whole matrix; `mask` if it has been read already."""
+        read = self.key_mask() if mask is None else mask
+        if self.weights is not None:
+            return attention_rows_of_matrix(self.weights, read)
+        return attention_rows(self.query, self.key, scale=self.scale, mask=read, softcap=self.softcap)
 
 
 @contextmanager
 def attention_calls(model: nn.Module, seen: Callable[[AttentionCall], Any]) -> Iterator[None]:
-    """Within the context, call `seen` for every attention of a forward pass of `model`, before it is computed.
+    """Within the context, call `seen` for every attention of a forward pass of `model`.
 
     The tensors are the kernel's own, with their gradient; keep none of them longer than the forward pass. What the model
     computes is not changed.
@@ -99,11 +107,17 @@ class _Doors:
         assert isinstance(module, nn.MultiheadAttention)
         self._seen(_multi_head_call(self._inside[-1], module, args, kwargs))
 
+    def name(self, module: nn.Module) -> str | None:
+        """The name of a module of the model that is watched."""
+        return self._names.get(id(module))
+
+    def tell(self, call: AttentionCall) -> None:
+        """A call through transformers' interface."""
+        self._seen(call)
+
     @contextmanager
-    def interface(self, module: nn.Module, call: Callable[[str], AttentionCall]) -> Iterator[None]:
-        """A call through transformers' interface; its kernel is not told of again."""
-        if id(module) in self._names:
-            self._seen(call(self._names[id(module)]))
+    def told(self) -> Iterator[None]:
+        """While a kernel runs whose call is told of elsewhere."""
         self._told += 1
         try:
             yield
@@ -190,11 +204,13 @@ def _interface(implementation: str, doors: _Doors) -> Iterator[None]:
     ) -> Any:
         attend = original or sys.modules[type(module).__module__].eager_attention_forward
 
-        def call(layer: str) -> AttentionCall:
-            return _interface_call(layer, implementation, module, query, key, attention_mask, kwargs)
-
-        with doors.interface(module, call):
-            return attend(module, query, key, value, attention_mask, *args, **kwargs)
+        with doors.told():
+            result = attend(module, query, key, value, attention_mask, *args, **kwargs)
+        layer = doors.name(module)
+        if layer is not None:
+            call = _interface_call(layer, implementation, module, query, key, attention_mask, kwargs)
+            doors.tell(replace(call, weights=_shown(result, module, kwargs)))
+        return result
 
     table[implementation] = watched
     try:
@@ -204,6 +220,18 @@ def _interface(implementation: str, doors: _Doors) -> Iterator[None]:
             del table[implementation]
         else:
             table[implementation] = before
+
+
+def _shown(result: Any, module: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
+    """Probabilities that the kernel gave back, if they are those that the softmax gave."""
+    weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+    if (
+        not isinstance(weights, Tensor)
+        or weights.ndim != 4
+        or weights.dtype not in (torch.float32, torch.float64)
+    ):
+        return None
+    return None if module.training and kwargs.get("dropout") else weights
 
 
 def _interface_call(

@@ -109,7 +109,8 @@ def _projections(module: nn.Module) -> tuple[Tensor, Tensor, int, int] | None:
     packed = getattr(fused, "weight", None)
     if isinstance(packed, Tensor) and hasattr(module, "num_heads") and packed.shape[1] == 3 * packed.shape[0]:
         query, key, _ = packed.T.chunk(3)  # GPT-2 keeps (in, out)
-        return query, key, int(module.num_heads), int(module.num_heads)
+        heads = int(module.num_heads)  # type: ignore[arg-type]
+        return query, key, heads, heads
     for name_q, name_k in PROJECTIONS:
         query, key = getattr(module, name_q, None), getattr(module, name_k, None)
         if isinstance(query, nn.Linear) and isinstance(key, nn.Linear):

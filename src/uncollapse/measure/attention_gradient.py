@@ -15,11 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from uncollapse.errors import ConfigError
-from uncollapse.measure import attention
-from uncollapse.measure.attention import AttentionRows, attention_rows
-
-_LOW = -1e30
-"""A score that no key may have: its softmax is exactly 0, and 0 times it is 0 where that of -inf would be NaN."""
+from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, rows_at_once, scores_of_rows
 
 
 def attention_rows_with_gradient(
@@ -27,7 +23,7 @@ def attention_rows_with_gradient(
     key: Float[Tensor, "batch kv_head key feature"],
     *,
     scale: float | None = None,
-    mask: Shaped[Tensor, "#batch #head #query key"] | None = None,
+    mask: Shaped[Tensor, "#batch #head #query key"] | KeyMask | None = None,
     causal: bool = False,
     softcap: float | None = None,
 ) -> AttentionRows:
@@ -40,69 +36,52 @@ def attention_rows_with_gradient(
         ConfigError: a mask that wants a gradient (a learned position bias); it would get none.
         DataError: heads that the key heads do not divide, or a non-finite score.
     """
-    if mask is not None and mask.requires_grad:
+    if not isinstance(mask, KeyMask):
+        mask = KeyMask.of(mask, query.shape[-2], key.shape[-2], causal=causal, device=query.device)
+    if mask.additive is not None and mask.additive.requires_grad:
         raise ConfigError(
             "attention_rows_with_gradient: the mask is a learned bias, which would get no gradient; detach it"
         )
-    return AttentionRows(*_Rows.apply(query, key, scale, mask, causal, softcap))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return AttentionRows(*_Rows.apply(query, key, scale, mask, softcap))
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        scale: float | None,
-        mask: Tensor | None,
-        causal: bool,
-        softcap: float | None,
+        ctx: Any, query: Tensor, key: Tensor, scale: float, mask: KeyMask, softcap: float | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = attention_rows(query, key, scale=scale, mask=mask, causal=causal, softcap=softcap)
-        ctx.scale = query.shape[-1] ** -0.5 if scale is None else scale
-        ctx.causal, ctx.softcap = causal, softcap
-        ctx.save_for_backward(query, key, mask, rows.entropy)
+        rows = attention_rows(query, key, scale=scale, mask=mask, softcap=softcap)
+        ctx.scale, ctx.mask, ctx.softcap = scale, mask, softcap
+        ctx.save_for_backward(query, key, rows.entropy)
         ctx.mark_non_differentiable(rows.allowed, rows.peak, rows.first)
         return rows.entropy, rows.allowed, rows.peak, rows.first
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor, *constants: Any) -> tuple[Tensor | None, ...]:
-        query, key, mask, entropy = ctx.saved_tensors
+        query, key, entropy = ctx.saved_tensors
         batch, heads, queries, width = query.shape
         kv_heads, keys = key.shape[1:3]
-        grouped = query.reshape(batch, kv_heads, heads // kv_heads, queries, width) * ctx.scale
+        grouped = (query * ctx.scale).reshape(batch, kv_heads, heads // kv_heads, queries, width)
         to_query = torch.empty_like(grouped)
         to_key = key.new_zeros(key.shape, dtype=entropy.dtype)
         blind = entropy.isnan()
         above, entropy = above.masked_fill(blind, 0), entropy.masked_fill(blind, 0)
-        size = max(1, attention._CHUNK_ELEMENTS // max(1, batch * heads * keys))
+        size = rows_at_once(queries, batch * heads * keys)
+        behind = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
         for start in range(0, queries, size):
             here = slice(start, min(start + size, queries))
+            scores = scores_of_rows(grouped, key.mT, ctx.mask, here, behind, ctx.softcap)
+            end = scores.shape[-1]
+            slope = scores.softmax(-1).mul_(-above[:, :, here, None])
+            slope = slope.mul_(scores.log_softmax(-1).add_(entropy[:, :, here, None]))
+            slope = slope.reshape(batch, kv_heads, -1, end)
             part = grouped[:, :, :, here].reshape(batch, kv_heads, -1, width)
-            plain = (part @ key.mT).reshape(batch, heads, -1, keys).to(entropy.dtype)
-            scores = plain if ctx.softcap is None else ctx.softcap * (plain / ctx.softcap).tanh()
-            scores = _masked(scores, mask, ctx.causal, here, queries)
-            surprise = scores.log_softmax(-1).add_(entropy[:, :, here, None])
-            slope = scores.softmax(-1).mul_(surprise).mul_(-above[:, :, here, None])
-            if ctx.softcap is not None:
+            if ctx.softcap is not None:  # d(c tanh(s/c))/ds, of the scores before the cap
+                plain = (part @ key[:, :, :end].mT).to(slope.dtype)
                 slope = slope * (1 - (plain / ctx.softcap).tanh().square())
-            slope = slope.reshape(batch, kv_heads, -1, keys).to(query.dtype)
-            to_query[:, :, :, here] = (slope @ key).reshape(to_query[:, :, :, here].shape)
-            to_key += slope.mT @ part
-        to_query = (to_query * ctx.scale).reshape(query.shape)
-        return to_query, to_key.to(key.dtype), None, None, None, None
-
-
-def _masked(scores: Tensor, mask: Tensor | None, causal: bool, here: slice, queries: int) -> Tensor:
-    """Scores of the query rows `here` with their mask, very low where a key may not be seen."""
-    keys = scores.shape[-1]
-    if mask is not None:
-        part = mask[..., here, :] if mask.shape[-2] > 1 else mask
-        scores = (
-            scores.masked_fill(~part, _LOW) if part.dtype == torch.bool else (scores + part).clamp(min=_LOW)
-        )
-    if causal:
-        place = torch.arange(here.start, here.stop, device=scores.device) + keys - queries
-        scores = scores.masked_fill(torch.arange(keys, device=scores.device) > place[:, None], _LOW)
-    return scores
+            slope = slope.to(query.dtype)
+            to_query[:, :, :, here] = (slope @ key[:, :, :end]).reshape(to_query[:, :, :, here].shape)
+            to_key[:, :, :end] += slope.mT @ part
+        return (to_query * ctx.scale).reshape(query.shape), to_key.to(key.dtype), None, None, None

@@ -59,13 +59,14 @@ class ClassMeans:
         return len(self.index)
 
     def centred(self, rows: slice | Tensor) -> Float[Tensor, "row feature"]:
-        """m_c in float64."""
-        return self.mean[self.index[rows]].double() - self.centre
+        """m_c in float64; exactly 0 where it is rounding."""
+        m = self.mean[self.index[rows]].double().sub_(self.centre)
+        return m.masked_fill_((self.norm[rows] == 0)[:, None], 0)
 
     def directions(self, rows: slice | Tensor) -> Float[Tensor, "row feature"]:
         """u_c = m_c / r_c in float64; 0 for a class that lies at the centre."""
         norm = self.norm[rows]
-        return self.centred(rows) * torch.where(norm > 0, 1 / norm, 0)[:, None]
+        return self.centred(rows) / torch.where(norm > 0, norm, 1)[:, None]
 
 
 def blocks(count: int, width: int) -> Iterator[slice]:
@@ -173,9 +174,7 @@ def variability(
     }
     if within is not None:
         values, vectors = torch.linalg.eigh(gram / max(1, classes))
-        kept = (values > 1e-10 * values[-1]) & (
-            torch.arange(width, device=values.device) >= width - classes + 1
-        )
+        kept = (values > 1e-10 * values[-1]) & (torch.arange(width, device=values.device) > width - classes)
         along = torch.linalg.vecdot(vectors, within.double() @ vectors, dim=0)
         found["nc1/pinv"] = float((along[kept] / values[kept]).sum()) / classes if kept.any() else math.nan
     return found

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from uncollapse.errors import ConfigError
 from uncollapse.measure.class_geometry import BLOCK_ELEMENTS, ClassMeans, coefficient_of_variation
 
 _NEAR = 1e-4
@@ -190,15 +191,30 @@ class ClassPairs:
 
     def _kernels(self, i: Tensor, j: Tensor, apart: Tensor) -> Kernels:
         """What is averaged, for pairs (i, j) whose indices broadcast to the shape of `apart` = 1 - cos."""
-        norm, variance = self.means.norm.to(apart.dtype), self.variance.to(apart.dtype)
-        product = norm[i] * norm[j]
-        gap = (norm[i] - norm[j]).square_().addcmul_(product, apart, value=2)
+        norm, variance = self.means.norm, self.variance.to(apart.dtype)
+        product = (norm[i] * norm[j]).to(apart.dtype)
+        gap = (norm[i] - norm[j]).to(apart.dtype).square_().addcmul_(product, apart, value=2)
         gap.masked_fill_(gap <= self.means.resolution**2, 0)
         square = (2 * apart).clamp_(min=_LEAST)
         if bool((norm == 0).any()):
             square.masked_fill_(product == 0, torch.nan)
         cdnv = (variance[i] + variance[j]).div_(2 * gap.pow_(self.power))
         return Kernels(cdnv, -0.5 * square.log(), square.sqrt())
+
+
+def uniform_log_kernel(dim: int) -> float:
+    """Mean of ln(1 / ||u - u'||) over independent uniform directions in `dim` dimensions, in nats: the floor of GNC2.
+
+    -ln 2 - (digamma((d-1)/2) - digamma(d-1)) / 2: 0 for d = 2, 1/2 - ln 2 for d = 3, towards -ln(2)/2 for many dimensions.
+    No other distribution has less; a finite set of C points can, by about 1/C.
+
+    Raises:
+        ConfigError: dim below 2, where directions have no density.
+    """
+    if dim < 2:
+        raise ConfigError(f"uniform_log_kernel: dim is {dim}; give at least 2")
+    half, whole = torch.digamma(torch.tensor([(dim - 1) / 2, dim - 1], dtype=torch.float64)).tolist()
+    return -math.log(2) - (half - whole) / 2
 
 
 def _named(cdnv: Moments, log_kernel: Moments, distance: Moments, riesz: float) -> dict[str, float]:

@@ -154,12 +154,12 @@ class StreamingNC:
         self,
         W: Head | None = None,
         n_min: int = 1,
-        cdnv_power: float = 1,
+        cdnv_power: float | int = 1,
         pairs: Literal["exact"] | int = 1_000_000,
         tile: int = 2048,
         *,
         tile_dtype: torch.dtype = torch.float64,
-        riesz: float | None = None,
+        riesz: float | int | None = None,
         seed: int = 0,
     ) -> CollapseReport:
         """The metrics: `nc1/` variability, `nc2/` means, `gnc2/` uniformity; with a classifier `nc3/`, `unc3/` alignment.
@@ -197,7 +197,8 @@ class StreamingNC:
         values = variability(means, gram, count, scatter, within) | mean_geometry(means, gram)
         if W is not None:
             values |= duality(means, gram, self._head(W))
-        over = ClassPairs(means, scatter / count, cdnv_power, self.dim - 2 if riesz is None else riesz)
+        exponent = float(self.dim - 2 if riesz is None else riesz)
+        over = ClassPairs(means, scatter / count, float(cdnv_power), exponent)
         every = pairs == "exact" or over.total <= pairs
         found = over.exact(tile, tile_dtype) if every else over.sampled(int(pairs), seed)
         return CollapseReport(
@@ -232,9 +233,10 @@ class StreamingNC:
         before = self.count[classes]
         total = before + count
         gap = mean - self.mean[classes]
-        weight = before * (count / total).to(self.dtype)
+        share = count.to(self.dtype) / total
+        weight = before * share
         self.scatter[classes] += scatter + weight * torch.linalg.vecdot(gap, gap)
-        self.mean[classes] += gap * (count / total).to(self.dtype)[:, None]
+        self.mean[classes] += gap * share[:, None]
         self.count[classes] = total
         if self.within is not None:
             self.within.addmm_((gap * weight[:, None]).T, gap)

@@ -8,7 +8,8 @@ and agreement of the head with the nearest class mean on text that the means wer
 Paper: Wu and Papyan, "Linguistic Collapse: Neural Collapse in (Large) Language Models", 2024, arXiv 2405.17767. Official
 code: rhubarbwu/linguistic-collapse and rhubarbwu/neural-collapse.
 
-    statistics = StreamingNC(vocabulary, width)
+    W = model.get_output_embeddings().weight
+    statistics = StreamingNC(*W.shape)
     for h, y in collect_lm_features(model, batches):
         statistics.update(h, y)
     report = statistics.compute(W)
@@ -26,7 +27,79 @@ Differs from the paper / the official code:
 - The head is compared with means about mu_G but is not centred itself, as in the code.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from uncollapse.errors import DataError
+from uncollapse.inspection.features import head_inputs, head_of
+from uncollapse.measure.class_pairs import uniform_log_kernel
 from uncollapse.measure.class_statistics import CollapseReport, StreamingNC
 from uncollapse.measure.nearest_class import NC4Accumulator, NC4Report
 
-__all__ = ["CollapseReport", "NC4Accumulator", "NC4Report", "StreamingNC"]
+__all__ = [
+    "CollapseReport",
+    "NC4Accumulator",
+    "NC4Report",
+    "StreamingNC",
+    "collect_lm_features",
+    "uniform_log_kernel",
+]
+
+TokenBatch: TypeAlias = Int[Tensor, "row time"] | Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def collect_lm_features(
+    model: nn.Module, token_batches: Iterable[TokenBatch]
+) -> Iterator[tuple[Float[Tensor, "position feature"], Int[Tensor, " position"]]]:
+    """What the head of a causal language model reads at each position, and the token that comes next there.
+
+    One pair of arrays per batch, in the dtype of the model: features of the last position of a row and of padding are left out,
+    and so are those whose next token is padding. No logits are computed: the head gets one position per row. Call
+    `model.eval()` before, since dropout blurs features.
+
+    Args:
+        model: a Hugging Face causal language model, or any module called with `input_ids` whose head `head_of` finds.
+        token_batches: token ids (row, time), or mappings with `input_ids` and, where rows are padded, `attention_mask`.
+
+    Raises:
+        DataError: a batch without `input_ids` or with other than two axes, or a model whose head does not see one
+            feature per token.
+    """
+    head = head_of(model)
+    device = next(model.parameters()).device
+    for batch in token_batches:
+        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        ids = inputs.get("input_ids")
+        if ids is None or ids.ndim != 2:
+            shape = "missing" if ids is None else f"of shape {tuple(ids.shape)}"
+            raise DataError(f"collect_lm_features: input_ids is {shape}; give token ids (row, time)")
+        taken = {key: inputs[key].to(device) for key in ("input_ids", "attention_mask") if key in inputs}
+        yield _read(model, head, taken)
+
+
+def _read(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    found: list[tuple[Tensor, Tensor]] = []
+    with head_inputs(model, lambda h, y: found.append((h, y)), head=head):
+        narrowed = head.register_forward_pre_hook(_first_position)
+        try:
+            model(**inputs)
+        finally:
+            narrowed.remove()
+    if len(found) != 1:
+        raise DataError(
+            f"collect_lm_features: the head of {type(model).__name__} read one feature per token {len(found)} times "
+            "instead of once; give a causal language model"
+        )
+    return found[0]
+
+
+def _first_position(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Leave the head one position to work on: its input has been read, and its output is not wanted."""
+    return (args[0][:, :1], *args[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,7 +93,10 @@ class AttachedRegularizer(nn.Module):
         self._calls, self._passed = [], model.training
         self._padding.read(kwargs)
         if model.training:
-            self._open.enter_context(attention_calls(model, self._calls.append))
+            self._open.enter_context(attention_calls(model, self._seen))
+
+    def _seen(self, call: AttentionCall) -> None:
+        self._calls.append(replace(call, weights=None))  # queries and keys will do
 
     def _after(self, *rest: Any) -> None:
         self._open.close()
@@ -123,14 +127,11 @@ class AttachedRegularizer(nn.Module):
                 f"the model attended in {found[0]} layers with {found[1]} heads, the thresholds are for "
                 f"{len(self.theta)} and {self.theta.shape[1]}; give attach_entropy_regularizer layers and heads"
             )
+        kinds = {_kind(call): call for call in calls}  # layers share their mask, which is read once
+        masks = {kind: call.key_mask() for kind, call in kinds.items()}
         rows = [
             attention_rows_with_gradient(
-                call.query,
-                call.key,
-                scale=call.scale,
-                mask=call.mask,
-                causal=call.causal,
-                softcap=call.softcap,
+                call.query, call.key, scale=call.scale, mask=masks[_kind(call)], softcap=call.softcap
             )
             for call in calls
         ]
@@ -154,6 +155,10 @@ class AttachedRegularizer(nn.Module):
             {"params": own, "lr": lr},
             {"params": thresholds, "lr": lr * theta_lr_scale, "weight_decay": 0.0},
         ]
+
+
+def _kind(call: AttentionCall) -> tuple[int, int, int, bool]:
+    return id(call.mask), call.query.shape[-2], call.key.shape[-2], call.causal
 
 
 def _from_config(model: nn.Module, name: str, argument: str) -> int:
