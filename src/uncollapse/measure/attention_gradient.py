@@ -74,9 +74,12 @@ class _Rows(torch.autograd.Function):
             here = slice(start, min(start + size, queries))
             scores = scores_of_rows(grouped, key.mT, ctx.mask, here, behind, ctx.softcap)
             end = scores.shape[-1]
-            slope = scores.softmax(-1).mul_(-above[:, :, here, None])
-            slope = slope.mul_(scores.log_softmax(-1).add_(entropy[:, :, here, None]))
-            slope = slope.reshape(batch, kv_heads, -1, end)
+            weight = scores.exp()
+            total = weight.sum(-1, keepdim=True)  # a = weight / total, ln a = scores - ln total
+            slope = scores.sub_(total.log() - entropy[:, :, here, None])
+            slope = (
+                slope.mul_(weight).mul_(-above[:, :, here, None] / total).reshape(batch, kv_heads, -1, end)
+            )
             part = grouped[:, :, :, here].reshape(batch, kv_heads, -1, width)
             if ctx.softcap is not None:  # d(c tanh(s/c))/ds, of the scores before the cap
                 plain = (part @ key[:, :, :end].mT).to(slope.dtype)
