@@ -95,6 +95,8 @@ class _Doors:
         self._inside.append(self._names[id(module)])
 
     def leave(self, module: nn.Module, *rest: Any) -> None:
+        if not self._inside:
+            return  # the context was entered from a hook of this module, when its own had been gathered already
         self._inside.pop()
         if isinstance(module, nn.MultiheadAttention):
             self._told -= 1

@@ -21,6 +21,7 @@ _HOME = {
         "bound_from_weights",
         "uniform_causal_entropy",
     ),
+    "attention_gradient": ("attention_rows_with_gradient",),
     "class_pairs": ("uniform_log_kernel",),
     "class_statistics": ("CollapseReport", "StreamingNC"),
     "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),

@@ -238,11 +238,11 @@ def attention_rows(
     entropy, peak, first = query.new_empty(
         3, batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32)
     )
-    rows = max(1, min(queries, _CHUNK_ELEMENTS // max(1, batch * heads * keys)))
+    rows = rows_at_once(queries, batch * heads * keys)
     behind = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
     for start in range(0, queries, rows):
         here = slice(start, min(start + rows, queries))
-        scores = _scores(grouped, keys_t, mask, here, behind, softcap)
+        scores = scores_of_rows(grouped, keys_t, mask, here, behind, softcap)
         weight = scores.exp()
         total = weight.sum(-1)
         entropy[..., here] = total.log() - torch.linalg.vecdot(weight, scores) / total
@@ -262,7 +262,7 @@ def attention_rows_of_matrix(attn: Float[Tensor, "batch head query key"], mask: 
     attn = attn.detach()
     entropy, peak = attn.new_empty(2, batch, heads, queries)
     least = torch.finfo(attn.dtype).tiny
-    rows = max(1, min(queries, _CHUNK_ELEMENTS // max(1, batch * heads * keys)))
+    rows = rows_at_once(queries, batch * heads * keys)
     for start in range(0, queries, rows):
         here = slice(start, min(start + rows, queries))
         some = attn[:, :, here, : max(1, keys - queries + here.stop) if mask.causal else keys]
@@ -284,7 +284,12 @@ def _rows(entropy: Tensor, allowed: Tensor, peak: Tensor, first: Tensor) -> Atte
     )
 
 
-def _scores(
+def rows_at_once(queries: int, elements_of_row: int) -> int:
+    """Into how many query rows at once the work is cut."""
+    return max(1, min(queries, _CHUNK_ELEMENTS // max(1, elements_of_row)))
+
+
+def scores_of_rows(
     grouped: Float[Tensor, "batch kv_head group query feature"],
     keys_t: Float[Tensor, "batch kv_head feature key"],
     mask: KeyMask,
