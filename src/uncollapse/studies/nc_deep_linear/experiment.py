@@ -59,13 +59,13 @@ class Size:
     """How much of everything: the full study or a smoke run."""
 
     seeds: int = 3
-    iterations: int = 30_000
+    iterations: int = 20_000
     width: int = 64
     restarts: int = 5
     ratios: tuple[float, ...] = RATIOS
     sweep_restarts: int = 10
     digits: int = 3
-    steps: int = 2000
+    steps: int = 1500
     polish: int = 300
     starts: int = 10
 
@@ -111,7 +111,7 @@ def threshold_trial(depth: int, ratio: float, restarts: int) -> dict[str, Any]:
     counts = SWEEP_COUNTS
     lam = penalty_at(ratio, counts[-1], sum(counts), depth)
     closed = ufm_mse_minimizer(counts, depth, lam, lam)
-    runs = minimize_ufm(counts, depth, lam, lam, widths=[5] * depth, restarts=restarts, std=0.4)
+    runs = minimize_ufm(counts, depth, lam, lam, widths=[20] * depth, restarts=restarts, std=0.4)
     features = runs[0].factors.features[closed.problem.labels == len(counts) - 1]
     return {
         "found": float(features.mean(0).square().sum()),
@@ -265,7 +265,8 @@ def _measure_thresholds(size: Size, trials: Trials) -> tuple[dict[str, Estimate]
     merged = [trials.trial(f"B merging {r:g}", partial(merging_trial, r)) for r in size.ratios]
     right = [(run["distance"] < VANISHED) == (r < 1) for run, r in zip(merged, size.ratios, strict=True)]
     estimates["merging/right"] = exact(float(np.mean(right)))
-    estimates["merging/least-length"] = exact(min(run["length"] for run in merged))
+    below = [run["length"] for run, r in zip(merged, size.ratios, strict=True) if r < 1]
+    estimates["merging/length-below"] = exact(below[-1])
     drawn["merging"] = [(r, run["distance"]) for r, run in zip(size.ratios, merged, strict=True)]
     return estimates, drawn
 
