@@ -161,7 +161,7 @@ def deep_trial(classes: int, depth: int, n: int, lam: float, starts: int) -> dic
     objectives = {name: best_scale(make(classes), n, depth, lam).objective for name, make in families.items()}
     runs = minimize_ufm(
         [n] * classes, depth, lam, lam, widths=[classes + 2] * depth, loss=cross_entropy, restarts=starts,
-        max_iterations=5000,
+        max_iterations=5000, seed=STARTS,
     )  # fmt: skip
     heads = [run.factors.at(1)[1] for run in runs]
     return {
