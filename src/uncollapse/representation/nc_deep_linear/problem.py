@@ -78,7 +78,7 @@ class UFM:
             )
         if depth < 1:
             raise ConfigError(f"nc-deep-linear: depth is {depth}; the head needs at least one layer")
-        weights = (lam_w,) * depth if isinstance(lam_w, float) else tuple(lam_w)
+        weights = (lam_w,) * depth if isinstance(lam_w, int | float) else tuple(lam_w)
         if len(weights) != depth or not all(0 < lam < math.inf for lam in (*weights, lam_h)):
             raise ConfigError(
                 f"nc-deep-linear: penalties {weights} and {lam_h} for depth {depth}; give one per layer, all above 0"

@@ -109,7 +109,7 @@ def best_scale(
 
 
 def _penalty_factor(n: int, depth: int, lam: float | Sequence[float]) -> float:
-    lams = (lam,) * (depth + 1) if isinstance(lam, float) else tuple(lam)
+    lams = (lam,) * (depth + 1) if isinstance(lam, int | float) else tuple(lam)
     if len(lams) != depth + 1 or not all(value > 0 for value in lams):
         raise ConfigError(
             f"schatten_penalty: penalties {lams} for {depth + 1} factors; give one each, above 0"
