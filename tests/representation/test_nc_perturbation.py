@@ -14,6 +14,7 @@ from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure.neural_collapse import nc1_quotient, nc_metrics
+from uncollapse.representation.nc_deep_linear import ufm_mse_minimizer
 from uncollapse.representation.nc_perturbation import (
     LinearResponse,
     central_path_flow,
@@ -425,14 +426,11 @@ def test_9_one_deep_linear_layer_is_the_same_problem(lam_w: float, lam_h: float)
     ideal = collapsed_minimizer(K, n, d, lam_w, lam_h)
     l_w, l_h = unconstrained_penalties(K, n, lam_w, lam_h)
     assert l_w / 2 + l_h / 3 == pytest.approx(lam_w / (2 * K) + lam_h / (3 * K * n))
-    N = K * n
-    c = N**2 * l_w * l_h / n
-    assert math.sqrt(c) == pytest.approx(ideal.c)
-    length = math.sqrt(n * l_h / l_w) - N * l_h
-    torch.testing.assert_close(ideal.W @ ideal.W.T, length * torch.eye(K, dtype=torch.float64))
-    assert ideal.rho == pytest.approx(length / (length + N * l_h) ** 2)
-    x = c**-0.5 - 1
-    assert ideal.objective == pytest.approx((1 / (x + 1) + c * x) / 2)
+    found = ufm_mse_minimizer([n] * K, 1, l_w, l_h, width=d)
+    assert found.objective == pytest.approx(ideal.objective, abs=1e-12)
+    torch.testing.assert_close(ideal.W @ ideal.W.T, found.gram_w, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ideal.H[::n] @ ideal.H[::n].T, found.gram_h, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ideal.H[::n] @ ideal.W.T, found.logits, rtol=0, atol=1e-12)
 
 
 # ---- layers of a network ---------------------------------------------------------------------------------------------

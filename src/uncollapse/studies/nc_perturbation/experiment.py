@@ -141,22 +141,22 @@ def _layers(runs: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str
 def _decay(
     loss: Loss, runs: Sequence[Mapping[str, Mapping[str, float]]], seeds: Sequence[int]
 ) -> dict[str, Estimate]:
-    found = {}
-    for metric in ("nc1", "nc1-quotient", "nc2"):
-        change = {
-            arm: np.log([run[arm][metric] / run["baseline"][metric] for run in runs])
-            for arm in ARMS
-            if arm != "baseline"
-        }
-        name = f"decay/{loss}/{metric}"
-        found[f"{name}/baseline"] = mean_over_seeds([run["baseline"][metric] for run in runs], seeds)
-        found |= {f"{name}/{arm}": mean_over_seeds(values.tolist(), seeds) for arm, values in change.items()}
-        for how, where in itertools.product(CHANGES, ("feature", "last")):
-            there = np.abs(change[f"{where}-{how}"])
-            for other, control in (("head", f"head-{how}"), ("placebo", "placebo")):
-                excess = there - np.abs(change[control])
-                found[f"{name}/{where}-{how}-over-{other}"] = mean_over_seeds(excess.tolist(), seeds)
-                found[f"{name}/{where}-{how}-over-{other}/wins"] = exact(float(np.mean(excess > 0)))
+    def change(metric: str, arm: str) -> np.ndarray:
+        return np.log([run[arm][metric] / run["baseline"][metric] for run in runs])
+
+    name = f"decay/{loss}/nc1"
+    found = {f"{name}/baseline": mean_over_seeds([run["baseline"]["nc1"] for run in runs], seeds)}
+    for arm in ARMS:
+        if arm != "baseline":
+            found[f"{name}/{arm}"] = mean_over_seeds(change("nc1", arm).tolist(), seeds)
+    for how, where in itertools.product(CHANGES, ("feature", "last")):
+        for other, control in (("head", f"head-{how}"), ("placebo", "placebo")):
+            excess = np.abs(change("nc1", f"{where}-{how}")) - np.abs(change("nc1", control))
+            found[f"{name}/{where}-{how}-over-{other}"] = mean_over_seeds(excess.tolist(), seeds)
+            found[f"{name}/{where}-{how}-over-{other}/wins"] = exact(float(np.mean(excess > 0)))
+    for how, metric in itertools.product(CHANGES, ("nc1-quotient", "nc2")):
+        excess = np.abs(change(metric, f"feature-{how}")) - np.abs(change(metric, f"head-{how}"))
+        found[f"decay/{loss}/{metric}/feature-{how}-over-head/wins"] = exact(float(np.mean(excess > 0)))
     errors = [max(arm["error"] for arm in run.values()) for run in runs]
     return found | {f"decay/{loss}/error": exact(max(errors))}
 

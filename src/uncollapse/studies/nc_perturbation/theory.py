@@ -89,7 +89,7 @@ def flow_trial(seed: int) -> dict[str, Any]:
 
 def geometry(times: tuple[float, ...] = (0.0, 1.0, TIME)) -> list[list[list[float]]]:
     """Three classes on their way: features in the plane of the collapsed means, per time, class by class, for the figure."""
-    K, n, d, lam_w, lam_h = 3, 20, 3, 0.3, 0.05
+    K, n, d, lam_w, lam_h = 3, 15, 3, 0.3, 0.05
     ideal = collapsed_minimizer(K, n, d, lam_w, lam_h)
     noise = torch.randn(ideal.H.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     path = central_path_flow(
