@@ -97,6 +97,7 @@ _HOME = {
         "pass_at_k",
         "self_similarity",
     ),
+    "prediction_collapse": ("CollapseDetector", "PredictionSpread"),
     "spectra": (
         "SecondMoment",
         "condition_number",
