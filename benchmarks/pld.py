@@ -18,7 +18,7 @@ SUMMARY = (
     "in hand, so that no sort hides the cost of value and gradient; at a quarter of the classes it should take a quarter of the time. "
     "*top 50* keeps the first 50 choices."
 )
-N, C, TOP = 128, 50_000, 50
+N, C, TOP = 256, 50_000, 50
 AUTOGRAD, TOP_K = "autograd", "ours, top 50"
 RANKED, QUARTER, AUTOGRAD_RANKED = (
     "ours, ranked",
@@ -76,7 +76,7 @@ def ours_ranked(student: Tensor, order: Tensor, alpha: Tensor) -> Tensor:
 
 
 def case() -> Case:
-    """128 tokens over 50 000 classes, and a tiny case to warm libraries up."""
+    """256 tokens over 50 000 classes, and a tiny case to warm libraries up."""
 
     def contestants(rows: int, classes: int, top: int) -> dict[str, Callable[[], Any]]:
         whole, part = problem(rows, classes), problem(rows, classes // 4)
@@ -119,7 +119,7 @@ def case() -> Case:
             ),
             Goal(
                 "peak memory of autograd over ours",
-                lambda r: r[AUTOGRAD]["extra_peak_mb"] / max(r[OURS]["extra_peak_mb"], 1e-9),
+                lambda r: r[AUTOGRAD]["extra_peak_mb"] / r[OURS]["extra_peak_mb"],
                 3,
                 True,
             ),

@@ -16,8 +16,8 @@ Differs from the paper / its listing:
 - `weights="exp2"` are the decreasing weights 2^(C-k) - 1 of p-ListMLE, divided by their sum, and 2^-k beyond 50 classes. The paper's
   row of that name may stand for something else: it says "q over its sum", which is q.
 - Ours: `top_k` (the likelihood of the first k choices, exactly), `mask`, and `label_weight="max"`. Where the teacher is sure of a wrong
-  class, the label's choice weighs next to nothing, and the best student ranks that class above the label; "max" gives the label
-  at least the largest weight.
+  class, the label's choice weighs next to nothing, and a student whose logits are held small ranks that class above the label; "max"
+  gives the label at least the largest weight.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.representation.distillation import DistillationLoss
 from uncollapse.representation.plackett_luce import (
+    argsort_descending,
     plackett_luce_log_prob,
     refuse_values,
     weighted_ranking_loss,
@@ -162,10 +163,11 @@ def teacher_optimal_permutation(
 
     Raises:
         ConfigError: `top_k` outside 1 to the number of classes.
-        DataError: a label that is no class, or shapes that do not belong together.
+        DataError: a label that is no class, shapes that do not belong together, NaN or +inf.
     """
     steps = _steps(top_k, teacher_logits.shape[-1])
     _, _, t, y = _flat(teacher_logits, teacher_logits, labels, None)
+    refuse_values(t.amax(-1), "teacher")
     return _order(t, y, steps, torch.zeros_like(t, dtype=torch.bool)).reshape(*labels.shape, steps)
 
 
@@ -209,13 +211,13 @@ def _order(t: Tensor, y: Tensor, steps: int, dropped: Tensor) -> Tensor:
     key = t.clamp(min=torch.finfo(t.dtype).min).masked_fill_(dropped, -torch.inf)
     key.scatter_(1, y[:, None], torch.inf)
     if steps == key.shape[1]:
-        return key.argsort(dim=-1, descending=True, stable=True)
+        return argsort_descending(key)
     # Of equal keys topk takes any: find the border, and count those on it by class index.
     least = key.topk(steps, -1).values[:, -1:]
     above, equal = key > least, key == least
     members = above | (equal & (equal.cumsum(-1) <= steps - above.sum(-1, keepdim=True)))
     found = members.nonzero()[:, 1].reshape(-1, steps)
-    return found.gather(1, key.gather(1, found).argsort(dim=-1, descending=True, stable=True))
+    return found.gather(1, argsort_descending(key.gather(1, found)))
 
 
 def _fixed_weights(kind: str, count: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
@@ -243,7 +245,7 @@ def _steps(top_k: int | None, classes: int) -> int:
     return classes if top_k is None else top_k
 
 
-def _given_weights(weights: Weights, positions: torch.Size, classes: int) -> Tensor | None:
+def _given_weights(weights: str | Tensor, positions: torch.Size, classes: int) -> Tensor | None:
     if not isinstance(weights, Tensor):
         if weights not in ("teacher", "uniform", "exp2"):
             raise ConfigError(f"pld: weights is {weights!r}; give 'teacher', 'uniform', 'exp2' or a tensor")
