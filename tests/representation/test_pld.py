@@ -18,7 +18,7 @@ from uncollapse.representation.pld import (
     ListMLELoss,
     PLDLoss,
     _flat,
-    _given_weights,
+    _checked_weights,
     listmle_loss,
     plackett_luce_distillation_loss,
     plackett_luce_log_prob,
@@ -484,7 +484,7 @@ def test_data_that_cannot_be_ranked():
     with pytest.raises(DataError, match="weights must be finite"):
         plackett_luce_distillation_loss(s, t, y, weights=torch.tensor([1, 1, -1, 0, 0, 0.0]))
     with pytest.raises(DataError, match=r"weights have shape \(5,\); give \(6,\)"):
-        _given_weights(torch.ones(5), torch.Size([5]), 6)
+        _checked_weights(torch.ones(5), torch.Size([5]), 6)
     for order in ([[0, 0]], [[0, 6]], [[-1, 2]]):
         with pytest.raises(DataError, match="different classes from 0 to 5"):
             plackett_luce_log_prob(s[:1], torch.tensor(order))

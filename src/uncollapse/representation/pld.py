@@ -99,7 +99,7 @@ def plackett_luce_distillation_loss(
         raise ConfigError(f"pld: label_weight is {label_weight!r}; give 'teacher' or 'max'")
     classes = student_logits.shape[-1]
     steps = _steps(top_k, classes)
-    given = _given_weights(weights, labels.shape, classes)
+    given = _checked_weights(weights, labels.shape, classes)
     rows, s, t, y = _flat(student_logits, teacher_logits, labels, mask)
 
     def choose(part: Tensor, s_part: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,10 +107,10 @@ def plackett_luce_distillation_loss(
         refuse_values(t_part.amax(-1), "teacher")
         dropped = _dropped(s_part, t_part)
         order = _order(t_part, y_part, steps, dropped)
-        if given is not None:
-            every = given.to(s_part)
-            every = every if every.ndim == 1 else every[part]
-            alpha = every.expand(len(part), -1)[:, :steps]
+        if isinstance(weights, Tensor):
+            every = given if given.ndim == 1 else given[part]
+            every = every.to(s_part).expand(len(part), -1)
+            alpha = every[:, :steps]
         elif weights == "teacher":
             every = (t_part / temperature).softmax(-1)
             alpha = every.gather(1, order)
@@ -245,11 +245,12 @@ def _steps(top_k: int | None, classes: int) -> int:
     return classes if top_k is None else top_k
 
 
-def _given_weights(weights: str | Tensor, positions: torch.Size, classes: int) -> Tensor | None:
+def _checked_weights(weights: str | Tensor, positions: torch.Size, classes: int) -> Tensor:
+    """Given weights (class) or (row, class); nothing for those that have a name."""
     if not isinstance(weights, Tensor):
         if weights not in ("teacher", "uniform", "exp2"):
             raise ConfigError(f"pld: weights is {weights!r}; give 'teacher', 'uniform', 'exp2' or a tensor")
-        return None
+        return torch.empty(0)
     if weights.shape not in ((classes,), (*positions, classes)):
         raise DataError(
             f"pld: weights have shape {tuple(weights.shape)}; give ({classes},), one per rank, or one such row per position"
