@@ -17,8 +17,8 @@ from uncollapse.representation.plackett_luce import argsort_descending
 from uncollapse.representation.pld import (
     ListMLELoss,
     PLDLoss,
-    _flat,
     _checked_weights,
+    _flat,
     listmle_loss,
     plackett_luce_distillation_loss,
     plackett_luce_log_prob,
