@@ -197,12 +197,12 @@ def figure(measured: Measurements) -> Figure:
         found = [measured.estimates[f"{student}/{name}"] for name in DRAWN]
         value = np.array([one.value for one in found])
         half = np.nan_to_num([one.high - one.value for one in found], posinf=0)
-        colours = ["C0" if name.startswith("pld") else "0.35" for name in DRAWN]
-        axis.barh(range(len(DRAWN)), value, xerr=half, color=colours, height=0.6)
+        for row, name in enumerate(DRAWN):
+            colour = "C0" if name.startswith("pld") else "0.35"
+            axis.errorbar(value[row], row, xerr=half[row], fmt="o", color=colour, capsize=2)
         axis.axvline(value[0], color="k", linewidth=0.8, linestyle=":")
-        axis.set(title=f"{student} student", xlabel="test accuracy (95 % interval)", yticks=range(len(DRAWN)))
-        axis.set_xlim(value.min() - 0.05, value.max() + 0.02)
-        axis.set_yticklabels(DRAWN)
+        axis.set(title=f"{student} student", xlabel="test accuracy (95 % interval)")
+        axis.set_yticks(range(len(DRAWN)), DRAWN)
     canvas.axes[0].invert_yaxis()
     return canvas
 
