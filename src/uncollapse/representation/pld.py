@@ -212,11 +212,15 @@ def _order(t: Tensor, y: Tensor, steps: int, dropped: Tensor) -> Tensor:
     key.scatter_(1, y[:, None], torch.inf)
     if steps == key.shape[1]:
         return argsort_descending(key)
-    # Of equal keys topk takes any: find the border, and count those on it by class index.
-    least = key.topk(steps, -1).values[:, -1:]
-    above, equal = key > least, key == least
-    members = above | (equal & (equal.cumsum(-1) <= steps - above.sum(-1, keepdim=True)))
-    found = members.nonzero()[:, 1].reshape(-1, steps)
+    values, found = key.topk(steps, -1)
+    least = values[:, -1:]
+    if bool(
+        ((key >= least).sum(-1) > steps).any()
+    ):  # of keys equal to the least topk takes any; the first by index count
+        above, equal = key > least, key == least
+        members = above | (equal & (equal.cumsum(-1) <= steps - above.sum(-1, keepdim=True)))
+        found = members.nonzero()[:, 1].reshape(-1, steps)
+    found = found.sort(-1).values
     return found.gather(1, argsort_descending(key.gather(1, found)))
 
 
