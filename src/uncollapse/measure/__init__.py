@@ -29,6 +29,7 @@ _HOME = {
         "token_entropy_change",
     ),
     "entropy_law": ("EntropyLaw", "compare_laws", "fit_entropy_law", "fit_straight_line"),
+    "gradient_conflict": ("GradientConflict", "gradient_conflict_report"),
     "token_stats": ("token_stats_from_logits",),
     "statistics": (
         "Collision",
