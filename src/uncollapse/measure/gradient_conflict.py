@@ -51,8 +51,8 @@ def gradient_conflict_report(
     for name, tensors in listed.items():
         if not any(tensor.requires_grad for tensor in tensors):
             raise DataError(f"gradient_conflict_report: nothing in group {name!r} requires a gradient")
-    pair = [_gradients(loss, listed) for loss in (loss_a, loss_b)]
-    return {name: _conflict(*(found[name] for found in pair), like=loss_a) for name in listed}
+    of_a, of_b = _gradients(loss_a, listed), _gradients(loss_b, listed)
+    return {name: _conflict(of_a[name], of_b[name], loss_a) for name in listed}
 
 
 def inner_product(
