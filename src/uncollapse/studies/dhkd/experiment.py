@@ -1,0 +1,287 @@
+"""The experiment of the DHKD study: which losses, on which heads, make which student of the same teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from uncollapse.measure import nc_metrics
+from uncollapse.representation.dhkd import (
+    DualHeadLoss,
+    DualLogits,
+    DualLosses,
+    GradientAlignment,
+    auxiliary_head,
+    binary_kl_loss,
+    binary_kl_norm_loss,
+    gradient_conflict_report,
+)
+from uncollapse.representation.dhkd.alignment import Scope
+from uncollapse.representation.distillation import kd_loss
+from uncollapse.studies.statistics import Estimate, mean_over_seeds, paired_difference
+from uncollapse.studies.study import Measurements, Trials
+from uncollapse.studies.testbeds.distillation import (
+    Setting,
+    Student,
+    Task,
+    accuracy,
+    fit,
+    logits_of,
+    mlp,
+    taught_task,
+    train_teacher,
+)
+
+Head: TypeAlias = Literal["single", "linear", "mlp", "detached"]
+
+TAU = 2.0
+"""Temperature of the logit-level losses, the paper's."""
+
+LOOK = 10
+"""Gradients are compared at every tenth step."""
+
+
+def squared_error(
+    logits: Tensor, teacher_logits: Tensor, tau: float, *, reduction: str, mask: Tensor | None
+) -> Tensor:
+    """||a - t||^2 / (8 N): what both logit-level losses become at a large temperature; options do not apply to it."""
+    return (logits - teacher_logits).square().sum() / (8 * len(logits))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A logit-level loss (None: none), the head it acts on, the weight of cross-entropy, and alignment.
+
+    Heads: "single" is the main head; "detached" a linear auxiliary head whose gradient does not reach the backbone.
+    """
+
+    loss: Callable[..., Tensor] | None = None
+    head: Head = "single"
+    gamma: float = 1.0
+    alignment: Scope | None = None
+
+
+ARMS: Mapping[str, Arm] = {
+    "ce": Arm(),
+    "binary": Arm(binary_kl_loss, gamma=0),
+    "norm": Arm(binary_kl_norm_loss, gamma=0),
+    "single-binary": Arm(binary_kl_loss),
+    "single-norm": Arm(binary_kl_norm_loss),
+    "single-mse": Arm(squared_error),
+    "dual-binary": Arm(binary_kl_loss, "linear"),
+    "dual-norm": Arm(binary_kl_norm_loss, "linear"),
+    "dual-mse": Arm(squared_error, "linear"),
+    "dual-mlp": Arm(binary_kl_norm_loss, "mlp"),
+    "aligned-shared": Arm(binary_kl_norm_loss, "linear", alignment="shared"),
+    "aligned-all": Arm(binary_kl_norm_loss, "linear", alignment="all"),
+    "detached": Arm(binary_kl_norm_loss, "detached"),
+}
+"""Besides these there is "kd", `kd_loss` at temperature 4, the authors' baseline."""
+
+NAMES = ("ce", "kd", *(name for name in ARMS if name != "ce"))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: the full study or a smoke run.
+
+    The student is 64 - 32 - 128 - classes with ReLU before both wide layers' outputs are read: features are wide enough
+    for a simplex of 100 classes, and the 32 units keep it weaker than its teacher.
+    """
+
+    setting: Setting = field(
+        default_factory=lambda: Setting(
+            noise=1.5, train=10_000, validation=100, student_hidden=(32,), neck=128, steps=2_000, lr=0.05,
+            decay=5e-4, batch=128,
+        )
+    )  # fmt: skip
+    seeds: int = 10
+
+
+QUICK = Size(
+    Setting(
+        branching=(3, 2), scales=(1.0, 0.7), features=8, train=200, validation=50, test=200, teacher_hidden=(16,),
+        teacher_steps=30, student_hidden=(6,), neck=10, steps=20, lr=0.05, decay=5e-4, batch=32,
+    ),
+    seeds=2,
+)  # fmt: skip
+
+
+def make_student(setting: Setting, classes: int, seed: int) -> Student:
+    """Backbone with a ReLU at its end, as features of a ResNet have, and a linear head; the same seed gives the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = nn.Sequential(*mlp((setting.features, *setting.student_hidden, setting.neck)), nn.ReLU())
+        return Student(backbone, nn.Linear(setting.neck, classes))
+
+
+def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
+    """Train one arm with SGD, momentum 0.9; `seed` decides the student, its auxiliary head and the batches.
+
+    Returns `accuracy` (test), `train` accuracy, neural-collapse metrics of the main head on the training rows, and the
+    cosines of the two gradients at every tenth step: on the `head` (single-head arms) and on the `backbone`.
+    """
+    student = make_student(setting, task.classes, seed)
+    arm = ARMS.get(name, Arm())
+    auxiliary = _auxiliary(arm, setting.neck, task.classes, seed)
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *auxiliary.parameters()],
+        lr=setting.lr,
+        momentum=0.9,
+        weight_decay=setting.decay,
+    )
+    cosines: dict[str, list[Tensor]] = {}
+    steps = 0
+
+    def backward(features: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        nonlocal steps
+        steps += 1
+        if arm.loss is None:
+            found = student(features)
+            loss = kd_loss(found, teacher, labels, temperature=4.0) if name == "kd" else None
+            (cross_entropy(found, labels) if loss is None else loss).backward()
+            return
+        losses = _losses(arm, student, auxiliary, features, teacher, labels)
+        if arm.gamma and arm.head != "detached" and steps % LOOK == 0:
+            _look(arm, student, losses, cosines)
+        if arm.alignment is None:
+            losses.total.backward()
+        else:
+            GradientAlignment(optimizer, scope=arm.alignment).backward(losses)
+
+    fit(optimizer, backward, task.train, steps=setting.steps, batch=setting.batch, seed=seed)
+    return {
+        "accuracy": accuracy(logits_of(student, task.test.features), task.test.labels),
+        "train": accuracy(logits_of(student, task.train.features), task.train.labels),
+        "collapse": _collapse(student, task),
+        "cosines": {group: torch.stack(values).tolist() for group, values in cosines.items()},
+    }
+
+
+def _auxiliary(arm: Arm, features: int, classes: int, seed: int) -> nn.Module:
+    if arm.head == "single":
+        return nn.Identity()
+    return auxiliary_head(features, classes, "mlp" if arm.head == "mlp" else "linear", seed=seed)
+
+
+def _losses(
+    arm: Arm, student: Student, auxiliary: nn.Module, rows: Tensor, teacher: Tensor, labels: Tensor
+) -> DualLosses:
+    assert arm.loss is not None
+    features = student.backbone(rows)
+    main = student.head(features)
+    if arm.head == "single":
+        other = main
+    else:
+        other = auxiliary(features.detach() if arm.head == "detached" else features)
+    return DualHeadLoss(arm.gamma, tau=TAU, loss=arm.loss)(DualLogits(main, other), teacher, labels)
+
+
+def _look(arm: Arm, student: Student, losses: DualLosses, cosines: dict[str, list[Tensor]]) -> None:
+    groups = {"backbone": student.backbone.parameters()}
+    if arm.head == "single":
+        groups["head"] = student.head.parameters()
+    for group, conflict in gradient_conflict_report(losses.main, losses.auxiliary, groups).items():
+        cosines.setdefault(group, []).append(conflict.cosine.detach())
+
+
+@torch.no_grad()
+def _collapse(student: Student, task: Task) -> dict[str, float]:
+    report = nc_metrics(
+        student.backbone(task.train.features), task.train.labels, student.head.weight, student.head.bias
+    )
+    kept = ("nc1_quotient", "nc2_etf_weights", "nc3_dist", "nc4")
+    return {name: value for name, value in report.metrics().items() if name in kept}
+
+
+# ---- the study ---------------------------------------------------------------------------------------------------
+
+
+def measure(quick: bool, trials: Trials) -> Measurements:
+    """One teacher per seed, all arms on its logits; differences are paired by seed."""
+    size = QUICK if quick else Size()
+    seeds = tuple(range(size.seeds))
+    trials.plan(len(seeds) * (1 + len(NAMES)))
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+    teachers = []
+    for seed in seeds:
+        kept = trials.trial(f"teacher/{seed}", partial(train_teacher, size.setting, seed))
+        teachers.append(kept)
+        task = _remembered(partial(taught_task, size.setting, seed, kept))
+        for name in NAMES:
+            runs[name].append(
+                trials.trial(f"{name}/{seed}", lambda n=name, s=seed, t=task: train(n, t(), size.setting, s))
+            )
+    estimates = {f"teacher/{key}": _mean(teachers, key, seeds) for key in ("test", "train")}
+    return Measurements(estimates | _estimates(runs, seeds), _details(runs), seeds)
+
+
+def _remembered(make: Callable[[], Task]) -> Callable[[], Task]:
+    """Made at the first call only: not at all if every arm has run before."""
+    return lru_cache(maxsize=1)(make)
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], key: str, seeds: Sequence[int]) -> Estimate:
+    return mean_over_seeds([run[key] for run in runs], seeds)
+
+
+PAIRS = (
+    ("dual-norm", "single-norm"), ("dual-binary", "single-binary"), ("dual-mse", "single-mse"),
+    ("single-binary", "binary"), ("single-norm", "norm"),
+    ("dual-mlp", "dual-norm"), ("aligned-shared", "dual-norm"), ("aligned-all", "dual-norm"),
+    ("aligned-shared", "aligned-all"), ("dual-norm", "dual-mse"), ("dual-norm", "dual-binary"), ("dual-norm", "kd"),
+)  # fmt: skip
+"""Differences of test accuracy that are reported, besides that of every arm and cross-entropy."""
+
+
+def _estimates(runs: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int]) -> dict[str, Estimate]:
+    found = {f"{name}/{key}": _mean(runs[name], key, seeds) for name in runs for key in ("accuracy", "train")}
+    scores = {name: [run["accuracy"] for run in several] for name, several in runs.items()}
+    for one, other in (*PAIRS, *((name, "ce") for name in runs if name != "ce")):
+        found[f"{one}-minus-{other}/accuracy"] = paired_difference(scores[one], scores[other], seeds)
+    for name, several in runs.items():
+        for metric in several[0]["collapse"]:
+            found[f"{name}/{metric}"] = mean_over_seeds([run["collapse"][metric] for run in several], seeds)
+        found |= _conflicts(name, several, seeds)
+    return found
+
+
+def _conflicts(name: str, several: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Estimate]:
+    """Shares of the looks with a negative cosine: over all of training and over its second half ("late")."""
+    found: dict[str, Estimate] = {}
+    shares: dict[str, list[float]] = {}
+    for group in several[0]["cosines"]:
+        for when, skipped in (("all", 0.0), ("late", 0.5)):
+            parts = [run["cosines"][group] for run in several]
+            kept = [part[round(skipped * len(part)) :] for part in parts]
+            key = f"{name}/{group}/conflict-{when}"
+            shares[key] = [sum(c < 0 for c in part) / len(part) for part in kept]
+            found[key] = mean_over_seeds(shares[key], seeds)
+            found[f"{name}/{group}/cosine-{when}"] = mean_over_seeds(
+                [sum(part) / len(part) for part in kept], seeds
+            )
+    for when in ("all", "late"):
+        head, backbone = (f"{name}/{group}/conflict-{when}" for group in ("head", "backbone"))
+        if head in shares:
+            found[f"{name}/head-minus-backbone/conflict-{when}"] = paired_difference(
+                shares[head], shares[backbone], seeds
+            )
+    return found
+
+
+def _details(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Mean cosine over seeds at every look, for the figure."""
+    cosines = {
+        f"{name}/{group}": torch.tensor([run["cosines"][group] for run in several]).mean(0).tolist()
+        for name, several in runs.items()
+        for group in several[0]["cosines"]
+        if name in ("single-binary", "single-norm", "dual-norm")
+    }
+    rounded = {key: [round(value, 4) for value in values] for key, values in cosines.items()}
+    return {"cosines": rounded, "every": LOOK}
