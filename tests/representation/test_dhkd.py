@@ -275,7 +275,7 @@ def flat(gradients: Any) -> Tensor:
 def test_05_shared_projection_is_exact(seed: int) -> None:
     model = tower(seed)
     x, t, y = batch(seed)
-    losses = DualHeadLoss()(model(x), t, y)
+    losses = DualHeadLoss().parts(model(x), t, y)
     parameters = list(model.parameters())
     plain = [torch.autograd.grad(one, parameters, retain_graph=True, allow_unused=True) for one in losses]
     found = project_conflicting_gradients(losses, parameters)
@@ -328,7 +328,7 @@ def plain_tower(seed: int, dropout: float) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("aux", ["linear", "mlp"])
-@pytest.mark.parametrize("alignment", [None, "shared", "all"])
+@pytest.mark.parametrize("alignment", [{}, {"scope": "shared"}, {"scope": "all"}])
 def test_06_alpha_0_is_exactly_the_run_without_auxiliary_head(aux: Any, alignment: Any) -> None:
     """With dropout in the backbone: the auxiliary head consumes no random number of the others."""
     one, two = plain_tower(3, 0.3), tower(3, aux, 0.3)
@@ -345,7 +345,8 @@ def test_06_alpha_0_is_exactly_the_run_without_auxiliary_head(aux: Any, alignmen
     teacher = nn.Linear(6, 4).double()
     torch.manual_seed(0)
     batches = ((x, y) for x, _, y in data)
-    distill(two, teacher, batches, optimizers[1], DualHeadLoss(alpha=0.0), alignment=alignment)
+    loss = DualHeadLoss(alpha=0.0, **alignment, align=two.parameters() if alignment else None)
+    distill(two, teacher, batches, optimizers[1], loss)
     kept = nn.Sequential(two[0], two[1].export())
     for a, b in zip(one.parameters(), kept.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -357,7 +358,7 @@ def test_06_the_main_head_gets_the_gradient_of_cross_entropy_alone(alpha: float,
     model = tower(1)
     x, t, y = batch(1)
     expected = torch.autograd.grad(cross_entropy(model(x).main, y), list(model[1].main.parameters()))
-    losses = DualHeadLoss(alpha=alpha)(model(x), t, y)
+    losses = DualHeadLoss(alpha=alpha).parts(model(x), t, y)
     if scope is None:
         losses.total.backward()
     else:
@@ -382,7 +383,7 @@ def test_07_without_the_auxiliary_head_nothing_changes_in_evaluation(aux: Any) -
         nn.Linear(6, 4).double(),
         [(x, y)] * 3,
         torch.optim.SGD(model.parameters(), 0.1),
-        alignment="shared",
+        DualHeadLoss(align=model.parameters()),
     )
     before = model.eval()(x)
     kept = model.export()
@@ -406,7 +407,7 @@ def test_07_both_ways_to_make_it_give_the_same_logits() -> None:
 def test_08_the_auxiliary_loss_does_not_reach_the_main_head() -> None:
     model = tower(4)
     x, t, y = batch(4)
-    losses = DualHeadLoss()(model(x), t, y)
+    losses = DualHeadLoss().parts(model(x), t, y)
     main = list(model[1].main.parameters())
     assert torch.autograd.grad(losses.auxiliary, main, allow_unused=True) == (None, None)
 
@@ -437,11 +438,13 @@ def test_the_optimiser_and_the_single_loss_hand_out_the_same_gradients(scope: An
     wrapper = GradientAlignment(torch.optim.SGD(model.parameters(), lr=0.1), scope=scope)
     wrapper.zero_grad()
     for _ in range(2):  # gradients add up
-        wrapper.backward(DualHeadLoss()(model(x), t, y))
+        wrapper.backward(DualHeadLoss().parts(model(x), t, y))
     found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     wrapper.zero_grad()
-    losses = DualHeadLoss()(model(x), t, y)
+    losses = DualHeadLoss().parts(model(x), t, y)
     one = aligned_loss(losses, model.parameters(), scope=scope)
+    whole = DualHeadLoss(align=model.parameters(), scope=scope)
+    torch.testing.assert_close(whole(model(x), t, y), one)
     torch.testing.assert_close(one.detach(), losses.total.detach())
     (2 * one).backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], found)
@@ -456,7 +459,7 @@ def test_alignment_leaves_parameters_alone_that_no_loss_reaches() -> None:
         torch.optim.SGD([*model.parameters(), unused, frozen], lr=1, weight_decay=0.5)
     )
     x, t, y = batch(6)
-    wrapper.backward(DualHeadLoss()(model(x), t, y))
+    wrapper.backward(DualHeadLoss().parts(model(x), t, y))
     wrapper.step()
     assert unused.grad is None
     assert torch.equal(unused, torch.ones(2))
@@ -601,7 +604,7 @@ def test_language_models_learn_from_the_vocabulary_with_masked_positions() -> No
     with torch.no_grad():
         target = teacher(input_ids=ids).logits
     logits_of_both = model(input_ids=ids)
-    loss = DualHeadLoss(reduction="class_mean")(logits_of_both, target, labels)
+    loss = DualHeadLoss(reduction="class_mean").parts(logits_of_both, target, labels)
     kept = labels != -100
     main = cross_entropy(logits_of_both.main[kept], labels[kept])
     auxiliary = binary_kl_norm_loss(logits_of_both.auxiliary[kept], target[kept], reduction="class_mean")
@@ -609,6 +612,16 @@ def test_language_models_learn_from_the_vocabulary_with_masked_positions() -> No
     assert loss.auxiliary < 10  # not a sum over the vocabulary
     loss.total.backward()
     assert model.export() is base
+
+
+def test_main_logits_alone_give_cross_entropy_and_no_label_gives_0() -> None:
+    a, t = logits(0), logits(1)
+    y = torch.tensor([0, 3, -100, 1, 6])
+    torch.testing.assert_close(DualHeadLoss(gamma=2.0)(a, t, y), 2 * cross_entropy(a, y))
+    loss = DualHeadLoss(align=[a])
+    with torch.no_grad():
+        assert loss(DualLogits(a, a), t, y).isfinite()
+    assert float(loss(DualLogits(a, a), t, torch.full_like(y, -100)).detach()) == 0
 
 
 # the loop ------------------------------------------------------------------------------------------------------
@@ -631,7 +644,8 @@ def test_training_twice_gives_the_same() -> None:
     for _ in range(2):
         model, teacher = tower(9, "mlp"), tower(10).eval()
         data = [(x, y) for x, _, y in map(batch, range(4))]
-        distill(model, teacher, data, torch.optim.SGD(model.parameters(), 0.1), alignment="shared")
+        loss = DualHeadLoss(align=model.parameters())
+        distill(model, teacher, data, torch.optim.SGD(model.parameters(), 0.1), loss)
         ends.append(flat(model.parameters()))
     assert torch.equal(*ends)
 

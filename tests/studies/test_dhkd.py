@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from uncollapse.representation.dhkd import binary_kl_norm_loss
 from uncollapse.studies.dhkd import DUAL, SINGLE, STUDY
 from uncollapse.studies.dhkd.experiment import ARMS, NAMES, QUICK, Size, make_student, squared_error, train
 from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.distillation import Task, make_teacher
-from uncollapse.representation.dhkd import binary_kl_norm_loss
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,9 @@ def test_training_is_repeatable_and_every_arm_differs(task: Task) -> None:
         assert set(run["cosines"]) == set(groups)
         assert all(len(values) == looks for values in run["cosines"].values())
     ends = {name: tuple(run["collapse"].values()) for name, run in runs.items() if name != "detached"}
-    assert len(set(ends.values())) >= len(ends) - 2  # aligned arms differ from dual-norm only where there was a conflict
+    assert (
+        len(set(ends.values())) >= len(ends) - 2
+    )  # aligned arms differ from dual-norm only where there was a conflict
 
 
 def test_squared_error_is_the_limit_of_the_logit_level_losses() -> None:

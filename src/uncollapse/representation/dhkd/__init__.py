@@ -5,9 +5,9 @@ trains it is said to hurt: one loss wants the margins ever larger, the other wan
 a head of its own, and the auxiliary head is dropped after training.
 
     student = DualHeadModel(model, "classifier", aux="mlp")
-    losses = DualHeadLoss()(student(x), teacher(x), y)      # gamma CE(main) + alpha BinaryKL-Norm(auxiliary)
-    losses.total.backward()                                 # or GradientAlignment(optimizer).backward(losses)
-    model = student.export()
+    loss = DualHeadLoss(align=student.parameters())      # gamma CE(main) + alpha BinaryKL-Norm(auxiliary), aligned
+    loss(student(x), teacher(x), y).backward()
+    model = student.export()                             # after training
 
 Paper: Yang, Zong, Huang, Feng, Bo An, "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
 2024, arXiv 2411.08937. Official code: penghui-yang/DHKD.

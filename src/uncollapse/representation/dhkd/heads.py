@@ -101,6 +101,10 @@ class DualHeadModel(nn.Module):
         """The model without the auxiliary head; the same object, not a copy."""
         return self.model
 
+    def get_base_model(self) -> nn.Module:
+        """The same, under the name by which trainers ask for the model below an adapter."""
+        return self.model
+
 
 def auxiliary_head(
     in_features: int, num_classes: int, kind: Auxiliary = "linear", *, seed: int = 0

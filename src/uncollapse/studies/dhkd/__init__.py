@@ -119,7 +119,9 @@ STUDY = Study(
             "collapse",
             "Neural collapse of main head and features on the training rows (0: collapsed).",
             tuple(
-                f"{n}/{metric}" for n in ("ce", "single-binary", "single-norm", "dual-norm") for metric in METRICS
+                f"{n}/{metric}"
+                for n in ("ce", "single-binary", "single-norm", "dual-norm")
+                for metric in METRICS
             ),
         ),
         Observation("train", "Accuracy on the training rows.", tuple(f"{n}/train" for n in NAMES)),

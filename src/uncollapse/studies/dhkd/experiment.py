@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from uncollapse.measure import nc_metrics
 from uncollapse.representation.dhkd import (
@@ -23,7 +22,7 @@ from uncollapse.representation.dhkd import (
     gradient_conflict_report,
 )
 from uncollapse.representation.dhkd.alignment import Scope
-from uncollapse.representation.distillation import kd_loss
+from uncollapse.representation.distillation import cross_entropy_loss, kd_loss
 from uncollapse.studies.statistics import Estimate, mean_over_seeds, paired_difference
 from uncollapse.studies.study import Measurements, Trials
 from uncollapse.studies.testbeds.distillation import (
@@ -56,21 +55,26 @@ def squared_error(
 
 @dataclass(frozen=True)
 class Arm:
-    """A logit-level loss (None: none), the head it acts on, the weight of cross-entropy, and alignment.
+    """A logit-level loss, the head it acts on, the weight of cross-entropy on the main head, and alignment.
 
     Heads: "single" is the main head; "detached" a linear auxiliary head whose gradient does not reach the backbone.
     """
 
-    loss: Callable[..., Tensor] | None = None
+    loss: Callable[..., Tensor]
     head: Head = "single"
     gamma: float = 1.0
     alignment: Scope | None = None
 
 
+PLAIN: Mapping[str, Callable[..., Tensor]] = {
+    "ce": cross_entropy_loss,
+    "kd": partial(kd_loss, temperature=4.0),
+}
+"""Baselines: losses of student logits, teacher logits and labels. The authors distil with temperature 4."""
+
 ARMS: Mapping[str, Arm] = {
-    "ce": Arm(),
-    "binary": Arm(binary_kl_loss, gamma=0),
-    "norm": Arm(binary_kl_norm_loss, gamma=0),
+    "binary": Arm(binary_kl_loss, gamma=0.0),
+    "norm": Arm(binary_kl_norm_loss, gamma=0.0),
     "single-binary": Arm(binary_kl_loss),
     "single-norm": Arm(binary_kl_norm_loss),
     "single-mse": Arm(squared_error),
@@ -82,9 +86,8 @@ ARMS: Mapping[str, Arm] = {
     "aligned-all": Arm(binary_kl_norm_loss, "linear", alignment="all"),
     "detached": Arm(binary_kl_norm_loss, "detached"),
 }
-"""Besides these there is "kd", `kd_loss` at temperature 4, the authors' baseline."""
 
-NAMES = ("ce", "kd", *(name for name in ARMS if name != "ce"))
+NAMES = (*PLAIN, *ARMS)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Size:
 
     setting: Setting = field(
         default_factory=lambda: Setting(
-            noise=1.5, train=10_000, validation=100, student_hidden=(32,), neck=128, steps=2_000, lr=0.05,
+            noise=1.5, train=10_000, validation=100, student_hidden=(32,), neck=128, teacher_steps=1_500, steps=2_000, lr=0.05,
             decay=5e-4, batch=128,
         )
     )  # fmt: skip
@@ -128,8 +131,7 @@ def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
     cosines of the two gradients at every tenth step: on the `head` (single-head arms) and on the `backbone`.
     """
     student = make_student(setting, task.classes, seed)
-    arm = ARMS.get(name, Arm())
-    auxiliary = _auxiliary(arm, setting.neck, task.classes, seed)
+    auxiliary = _auxiliary(ARMS.get(name), setting.neck, task.classes, seed)
     optimizer = torch.optim.SGD(
         [*student.parameters(), *auxiliary.parameters()],
         lr=setting.lr,
@@ -139,14 +141,13 @@ def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
     cosines: dict[str, list[Tensor]] = {}
     steps = 0
 
-    def backward(features: Tensor, teacher: Tensor, labels: Tensor) -> None:
+    def baseline(features: Tensor, teacher: Tensor, labels: Tensor) -> None:
+        PLAIN[name](student(features), teacher, labels).backward()
+
+    def two_losses(features: Tensor, teacher: Tensor, labels: Tensor) -> None:
         nonlocal steps
         steps += 1
-        if arm.loss is None:
-            found = student(features)
-            loss = kd_loss(found, teacher, labels, temperature=4.0) if name == "kd" else None
-            (cross_entropy(found, labels) if loss is None else loss).backward()
-            return
+        arm = ARMS[name]
         losses = _losses(arm, student, auxiliary, features, teacher, labels)
         if arm.gamma and arm.head != "detached" and steps % LOOK == 0:
             _look(arm, student, losses, cosines)
@@ -155,6 +156,7 @@ def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
         else:
             GradientAlignment(optimizer, scope=arm.alignment).backward(losses)
 
+    backward = baseline if name in PLAIN else two_losses
     fit(optimizer, backward, task.train, steps=setting.steps, batch=setting.batch, seed=seed)
     return {
         "accuracy": accuracy(logits_of(student, task.test.features), task.test.labels),
@@ -164,8 +166,8 @@ def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
     }
 
 
-def _auxiliary(arm: Arm, features: int, classes: int, seed: int) -> nn.Module:
-    if arm.head == "single":
+def _auxiliary(arm: Arm | None, features: int, classes: int, seed: int) -> nn.Module:
+    if arm is None or arm.head == "single":
         return nn.Identity()
     return auxiliary_head(features, classes, "mlp" if arm.head == "mlp" else "linear", seed=seed)
 
@@ -173,14 +175,13 @@ def _auxiliary(arm: Arm, features: int, classes: int, seed: int) -> nn.Module:
 def _losses(
     arm: Arm, student: Student, auxiliary: nn.Module, rows: Tensor, teacher: Tensor, labels: Tensor
 ) -> DualLosses:
-    assert arm.loss is not None
     features = student.backbone(rows)
     main = student.head(features)
     if arm.head == "single":
         other = main
     else:
         other = auxiliary(features.detach() if arm.head == "detached" else features)
-    return DualHeadLoss(arm.gamma, tau=TAU, loss=arm.loss)(DualLogits(main, other), teacher, labels)
+    return DualHeadLoss(arm.gamma, tau=TAU, loss=arm.loss).parts(DualLogits(main, other), teacher, labels)
 
 
 def _look(arm: Arm, student: Student, losses: DualLosses, cosines: dict[str, list[Tensor]]) -> None:
