@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from uncollapse.representation.dhkd import binary_kl_norm_loss
 from uncollapse.studies.dhkd import DUAL, SINGLE, STUDY
 from uncollapse.studies.dhkd.experiment import ARMS, NAMES, QUICK, Size, make_student, squared_error, train
 from uncollapse.studies.study import run_study, study
-from uncollapse.studies.testbeds.distillation import Task, make_teacher
+from uncollapse.studies.testbeds.distillation import Rows, Task, make_teacher
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,15 @@ def test_training_is_repeatable_and_every_arm_differs(task: Task) -> None:
     )  # aligned arms differ from dual-norm only where there was a conflict
 
 
-def test_squared_error_is_the_limit_of_the_logit_level_losses() -> None:
+def test_a_diverged_student_is_a_result(task: Task) -> None:
+    broken = Rows(task.train.features, task.train.labels, task.train.teacher * float("nan"))
+    run = train("norm", replace(task, train=broken), QUICK.setting, 0)
+    assert all(math.isnan(value) for value in run["collapse"].values())
+
+
+def test_squared_error_is_half_the_limit_of_the_logit_level_losses() -> None:
     a, t = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = binary_kl_norm_loss(a, t, 1e4)
+    expected = binary_kl_norm_loss(a, t, 1e4) / 2
     torch.testing.assert_close(
         squared_error(a, t, 2.0, reduction="batch_mean", mask=None), expected, rtol=1e-6, atol=0
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -32,7 +34,6 @@ from uncollapse.studies.testbeds.distillation import (
     accuracy,
     fit,
     logits_of,
-    mlp,
     taught_task,
     train_teacher,
 )
@@ -49,8 +50,11 @@ LOOK = 10
 def squared_error(
     logits: Tensor, teacher_logits: Tensor, tau: float, *, reduction: str, mask: Tensor | None
 ) -> Tensor:
-    """||a - t||^2 / (8 N): what both logit-level losses become at a large temperature; options do not apply to it."""
-    return (logits - teacher_logits).square().sum() / (8 * len(logits))
+    """||a - t||^2 / (16 N), half of what both logit-level losses become at a large temperature; options do not apply.
+
+    At their full weight it diverges at the learning rate of the study (seed 1000): its gradient has no bound.
+    """
+    return (logits - teacher_logits).square().sum() / (16 * len(logits))
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,21 @@ ARMS: Mapping[str, Arm] = {
 NAMES = (*PLAIN, *ARMS)
 
 
+METRICS = ("nc1_quotient", "nc2_etf_weights", "nc3_dist", "nc4")
+"""Metrics of neural collapse that are kept."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How much of everything: the full study or a smoke run.
 
-    The student is 64 - 32 - 128 - classes with ReLU before both wide layers' outputs are read: features are wide enough
-    for a simplex of 100 classes, and the 32 units keep it weaker than its teacher.
+    The student is 64 - 32 - 128 - classes: features are wide enough for a simplex of 100 classes, and the 32 units keep it
+    weaker than its teacher.
     """
 
     setting: Setting = field(
         default_factory=lambda: Setting(
-            noise=1.5, train=10_000, validation=100, student_hidden=(32,), neck=128, teacher_steps=1_500, steps=2_000, lr=0.05,
+            noise=1.5, train=10_000, validation=100, test=20_000, student_hidden=(32,), neck=128, teacher_steps=1_500, steps=2_000, lr=0.05,
             decay=5e-4, batch=128,
         )
     )  # fmt: skip
@@ -117,11 +125,14 @@ QUICK = Size(
 
 
 def make_student(setting: Setting, classes: int, seed: int) -> Student:
-    """Backbone with a ReLU at its end, as features of a ResNet have, and a linear head; the same seed gives the same."""
+    """Linear layers, each with batch normalisation and a ReLU, and a linear head; the same seed gives the same."""
+    widths = (setting.features, *setting.student_hidden, setting.neck)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = nn.Sequential(*mlp((setting.features, *setting.student_hidden, setting.neck)), nn.ReLU())
-        return Student(backbone, nn.Linear(setting.neck, classes))
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()]
+        return Student(nn.Sequential(*layers), nn.Linear(setting.neck, classes))
 
 
 def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
@@ -192,13 +203,12 @@ def _look(arm: Arm, student: Student, losses: DualLosses, cosines: dict[str, lis
         cosines.setdefault(group, []).append(conflict.cosine.detach())
 
 
-@torch.no_grad()
 def _collapse(student: Student, task: Task) -> dict[str, float]:
-    report = nc_metrics(
-        student.backbone(task.train.features), task.train.labels, student.head.weight, student.head.bias
-    )
-    kept = ("nc1_quotient", "nc2_etf_weights", "nc3_dist", "nc4")
-    return {name: value for name, value in report.metrics().items() if name in kept}
+    features = logits_of(student.backbone, task.train.features)
+    if not bool(features.isfinite().all()):  # diverged: a result too
+        return dict.fromkeys(METRICS, math.nan)
+    report = nc_metrics(features, task.train.labels, student.head.weight, student.head.bias)
+    return {name: value for name, value in report.metrics().items() if name in METRICS}
 
 
 # ---- the study ---------------------------------------------------------------------------------------------------
@@ -216,11 +226,13 @@ def measure(quick: bool, trials: Trials) -> Measurements:
         teachers.append(kept)
         task = _remembered(partial(taught_task, size.setting, seed, kept))
         for name in NAMES:
-            runs[name].append(
-                trials.trial(f"{name}/{seed}", lambda n=name, s=seed, t=task: train(n, t(), size.setting, s))
-            )
+            runs[name].append(trials.trial(f"{name}/{seed}", partial(_train, name, task, size.setting, seed)))
     estimates = {f"teacher/{key}": _mean(teachers, key, seeds) for key in ("test", "train")}
     return Measurements(estimates | _estimates(runs, seeds), _details(runs), seeds)
+
+
+def _train(name: str, task: Callable[[], Task], setting: Setting, seed: int) -> dict[str, Any]:
+    return train(name, task(), setting, seed)
 
 
 def _remembered(make: Callable[[], Task]) -> Callable[[], Task]:
