@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uncollapse.studies.claims import AllOf, Bound, Claim
-from uncollapse.studies.dhkd.experiment import METRICS, NAMES, PAIRS, measure
+from uncollapse.studies.dhkd.experiment import (
+    COLLAPSED,
+    DUAL,
+    METRICS,
+    NAMES,
+    PAIRS,
+    SINGLE,
+    WATCHED,
+    measure,
+)
 from uncollapse.studies.study import Measurements, Observation, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SINGLE = ("single-binary", "single-norm", "single-mse")
-DUAL = ("dual-binary", "dual-norm", "dual-mse", "dual-mlp", "aligned-shared", "aligned-all")
 
 
 def figure(measured: Measurements) -> Figure:
@@ -105,23 +111,18 @@ STUDY = Study(
         ),
         Observation(
             "conflict",
-            "Share of the steps with a negative cosine, all of training and its second half.",
+            "Share of the steps with a negative cosine, all of training and its second half; mean cosine of that half.",
             tuple(
-                f"{name}/{group}/conflict-{when}"
-                for names, groups in ((SINGLE, ("head", "backbone")), (DUAL, ("backbone",)))
-                for name in names
-                for group in groups
-                for when in ("all", "late")
+                f"{name}/{group}/{what}"
+                for name in WATCHED
+                for group in (("head", "backbone") if name in SINGLE else ("backbone",))
+                for what in ("conflict-all", "conflict-late", "cosine-late")
             ),
         ),
         Observation(
             "collapse",
             "Neural collapse of main head and features on the training rows (0: collapsed).",
-            tuple(
-                f"{n}/{metric}"
-                for n in ("ce", "single-binary", "single-norm", "dual-norm")
-                for metric in METRICS
-            ),
+            tuple(f"{name}/{metric}" for name in COLLAPSED for metric in METRICS),
         ),
         Observation("train", "Accuracy on the training rows.", tuple(f"{n}/train" for n in NAMES)),
         Observation("teacher", "Accuracy of the teacher.", ("teacher/test", "teacher/train")),

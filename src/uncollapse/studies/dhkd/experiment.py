@@ -93,6 +93,14 @@ ARMS: Mapping[str, Arm] = {
 
 NAMES = (*PLAIN, *ARMS)
 
+SINGLE = ("single-binary", "single-norm", "single-mse")
+DUAL = ("dual-binary", "dual-norm", "dual-mse", "dual-mlp", "aligned-shared", "aligned-all")
+
+WATCHED = (*SINGLE, "dual-binary", "dual-norm")
+"""Arms whose two gradients are compared; the curves of the figure leave the squared error out."""
+
+COLLAPSED = ("ce", "single-binary", "single-norm", "dual-norm")
+"""Arms whose neural collapse is reported."""
 
 METRICS = ("nc1_quotient", "nc2_etf_weights", "nc3_dist", "nc4")
 """Metrics of neural collapse that are kept."""
@@ -108,8 +116,8 @@ class Size:
 
     setting: Setting = field(
         default_factory=lambda: Setting(
-            noise=1.5, train=10_000, validation=100, test=20_000, student_hidden=(32,), neck=128, teacher_steps=1_500, steps=2_000, lr=0.05,
-            decay=5e-4, batch=128,
+            noise=1.5, train=10_000, validation=100, test=20_000, teacher_steps=1_500, student_hidden=(32,), neck=128,
+            steps=2_000, lr=0.05, decay=5e-4, batch=128,
         )
     )  # fmt: skip
     seeds: int = 10
@@ -139,7 +147,7 @@ def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
     """Train one arm with SGD, momentum 0.9; `seed` decides the student, its auxiliary head and the batches.
 
     Returns `accuracy` (test), `train` accuracy, neural-collapse metrics of the main head on the training rows, and the
-    cosines of the two gradients at every tenth step: on the `head` (single-head arms) and on the `backbone`.
+    cosines of the two gradients at every tenth step of a watched arm: on the `head` (one head only) and on the `backbone`.
     """
     student = make_student(setting, task.classes, seed)
     auxiliary = _auxiliary(ARMS.get(name), setting.neck, task.classes, seed)
@@ -160,7 +168,7 @@ def train(name: str, task: Task, setting: Setting, seed: int) -> dict[str, Any]:
         steps += 1
         arm = ARMS[name]
         losses = _losses(arm, student, auxiliary, features, teacher, labels)
-        if arm.gamma and arm.head != "detached" and steps % LOOK == 0:
+        if name in WATCHED and steps % LOOK == 0:
             _look(arm, student, losses, cosines)
         if arm.alignment is None:
             losses.total.backward()
@@ -258,43 +266,37 @@ def _estimates(runs: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[
     scores = {name: [run["accuracy"] for run in several] for name, several in runs.items()}
     for one, other in (*PAIRS, *((name, "ce") for name in runs if name != "ce")):
         found[f"{one}-minus-{other}/accuracy"] = paired_difference(scores[one], scores[other], seeds)
-    for name, several in runs.items():
-        for metric in several[0]["collapse"]:
-            found[f"{name}/{metric}"] = mean_over_seeds([run["collapse"][metric] for run in several], seeds)
-        found |= _conflicts(name, several, seeds)
+    for name in COLLAPSED:
+        for metric in METRICS:
+            values = [run["collapse"][metric] for run in runs[name]]
+            found[f"{name}/{metric}"] = mean_over_seeds(values, seeds)
+    for name in WATCHED:
+        found |= _conflicts(name, runs[name], seeds)
     return found
 
 
 def _conflicts(name: str, several: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Estimate]:
     """Shares of the looks with a negative cosine: over all of training and over its second half ("late")."""
     found: dict[str, Estimate] = {}
-    shares: dict[str, list[float]] = {}
+    late: dict[str, list[float]] = {}
     for group in several[0]["cosines"]:
         for when, skipped in (("all", 0.0), ("late", 0.5)):
-            parts = [run["cosines"][group] for run in several]
-            kept = [part[round(skipped * len(part)) :] for part in parts]
-            key = f"{name}/{group}/conflict-{when}"
-            shares[key] = [sum(c < 0 for c in part) / len(part) for part in kept]
-            found[key] = mean_over_seeds(shares[key], seeds)
-            found[f"{name}/{group}/cosine-{when}"] = mean_over_seeds(
-                [sum(part) / len(part) for part in kept], seeds
-            )
-    for when in ("all", "late"):
-        head, backbone = (f"{name}/{group}/conflict-{when}" for group in ("head", "backbone"))
-        if head in shares:
-            found[f"{name}/head-minus-backbone/conflict-{when}"] = paired_difference(
-                shares[head], shares[backbone], seeds
-            )
+            kept = [part[round(skipped * len(part)) :] for part in (run["cosines"][group] for run in several)]
+            late[group] = [sum(c < 0 for c in part) / len(part) for part in kept]
+            found[f"{name}/{group}/conflict-{when}"] = mean_over_seeds(late[group], seeds)
+        means = [sum(part) / len(part) for part in kept]
+        found[f"{name}/{group}/cosine-late"] = mean_over_seeds(means, seeds)
+    if "head" in late:
+        gap = paired_difference(late["head"], late["backbone"], seeds)
+        found[f"{name}/head-minus-backbone/conflict-late"] = gap
     return found
 
 
 def _details(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Mean cosine over seeds at every look, for the figure."""
-    cosines = {
-        f"{name}/{group}": torch.tensor([run["cosines"][group] for run in several]).mean(0).tolist()
-        for name, several in runs.items()
-        for group in several[0]["cosines"]
-        if name in ("single-binary", "single-norm", "dual-norm")
-    }
-    rounded = {key: [round(value, 4) for value in values] for key, values in cosines.items()}
-    return {"cosines": rounded, "every": LOOK}
+    """Cosines for the figure: mean over seeds and over every five looks."""
+    curves = {}
+    for name in (one for one in WATCHED if not one.endswith("mse")):
+        for group in runs[name][0]["cosines"]:
+            mean = torch.tensor([run["cosines"][group] for run in runs[name]]).mean(0)
+            curves[f"{name}/{group}"] = [round(float(part.mean()), 4) for part in mean.split(5)]
+    return {"cosines": curves, "every": 5 * LOOK}
