@@ -11,6 +11,7 @@ Transformers or any module whose forward takes the columns of the data set by na
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class DistillationTrainer(Trainer):
     A row is an example, or a token where the logits are of tokens; for causal language models token t + 1 is the
     label of position t. Rows labelled -100 are left out before the loss sees them. It is the mean per micro-batch, averaged over
     micro-batches and processes. Evaluation reports the same loss as `eval_loss`, and predictions are the student's logits.
+    A student with several heads returns a named tuple of their logits, the one to keep first; so does the loss get them.
 
     Args:
         teacher: gets the same columns as the student, in evaluation mode and without gradient. None: the batches bring
@@ -54,7 +56,7 @@ class DistillationTrainer(Trainer):
         self,
         *args: Any,
         teacher: nn.Module | None,
-        loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+        loss: Callable[[Any, Tensor, Tensor], Tensor],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -82,8 +84,10 @@ class DistillationTrainer(Trainer):
         if LABELS not in inputs:
             raise DataError(f"distillation: the batch has no {LABELS!r}, only {', '.join(inputs)}")
         given = {name: value for name, value in inputs.items() if name not in (LABELS, TEACHER_LOGITS)}
-        student = logits_of(model(**given))
-        rows = labelled_rows(student, self._teach(given, inputs), inputs[LABELS], causal=self.causal)
+        output = model(**given)
+        student = logits_of(output)
+        heads = output if hasattr(output, "_fields") else student
+        rows = labelled_rows(heads, self._teach(given, inputs), inputs[LABELS], causal=self.causal)
         loss = self.distillation_loss(*rows) if len(rows[2]) else student.sum() * 0
         return (loss, {"loss": loss, "logits": student}) if return_outputs else loss
 
@@ -102,7 +106,8 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if TEACHER_LOGITS not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, TEACHER_LOGITS]
+            below = inspect.signature(_base(self.model).forward).parameters
+            self._signature_columns = [*self._signature_columns, *below, TEACHER_LOGITS]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -124,28 +129,32 @@ def logits_of(output: Any) -> Tensor:
 
 
 def labelled_rows(
-    student: Tensor, teacher: Tensor, labels: Tensor, *, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    student: Any, teacher: Tensor, labels: Tensor, *, causal: bool
+) -> tuple[Any, Tensor, Tensor]:
     """Logits (row, class) of both and labels (row) of all positions whose label counts.
 
-    `causal`: the label of position t is that of t + 1, as the labels of a causal language model are its own inputs.
+    `student` is a tensor, or a named tuple of such for several heads. `causal`: the label of position t is that of t + 1, as
+    the labels of a causal language model are its own inputs.
 
     Raises:
         DataError: logits of different shapes, or labels that do not belong to them.
     """
-    if student.shape != teacher.shape or labels.shape != student.shape[:-1]:
+    heads = student if isinstance(student, tuple) else (student,)
+    if any(head.shape != teacher.shape for head in heads) or labels.shape != teacher.shape[:-1]:
         raise DataError(
-            f"distillation: logits of student and teacher and labels have shapes {tuple(student.shape)}, "
+            f"distillation: logits of student and teacher and labels have shapes {tuple(heads[0].shape)}, "
             f"{tuple(teacher.shape)} and {tuple(labels.shape)}; both networks need the same classes, and each row a label"
         )
     if causal:
-        student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
+        heads, teacher, labels = tuple(head[:, :-1] for head in heads), teacher[:, :-1], labels[:, 1:]
     counted = labels != IGNORED
-    return student[counted], teacher[counted], labels[counted]
+    kept = [head[counted] for head in heads]
+    return type(student)(*kept) if isinstance(student, tuple) else kept[0], teacher[counted], labels[counted]
 
 
 def _base(model: Any) -> nn.Module:
-    """The model below adapters."""
-    found = model.get_base_model() if hasattr(model, "get_base_model") else model
-    assert isinstance(found, nn.Module)
-    return found
+    """The model below adapters and second heads."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    assert isinstance(model, nn.Module)
+    return model

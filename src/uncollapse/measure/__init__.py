@@ -34,6 +34,7 @@ _HOME = {
         "token_entropy_change",
     ),
     "entropy_law": ("EntropyLaw", "compare_laws", "fit_entropy_law", "fit_straight_line"),
+    "gradient_conflict": ("GradientConflict", "gradient_conflict_report"),
     "neural_collapse": (
         "BetweenClasses",
         "ClassMoments",

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from uncollapse.representation.dhkd import binary_kl_norm_loss
+from uncollapse.studies.dhkd import STUDY
+from uncollapse.studies.dhkd.experiment import (
+    ARMS,
+    NAMES,
+    QUICK,
+    SINGLE,
+    WATCHED,
+    Size,
+    make_student,
+    squared_error,
+    train,
+)
+from uncollapse.studies.study import run_study, study
+from uncollapse.studies.testbeds.distillation import Rows, Task, make_teacher
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    task = Task.make(QUICK.setting, 0)
+    teacher = make_teacher(QUICK.setting, task.classes, 0)
+    for parameter in teacher.parameters():
+        parameter.data *= 2
+    return task.taught_by(teacher)
+
+
+def test_it_is_the_study_of_its_slug() -> None:
+    assert study("dhkd") is STUDY
+
+
+def test_features_are_wide_enough_for_a_simplex_and_not_negative() -> None:
+    setting = Size().setting
+    student = make_student(setting, 100, 0)
+    assert student.head.in_features >= 99
+    found = student.backbone(torch.randn(50, setting.features, generator=torch.Generator().manual_seed(0)))
+    assert found.shape == (50, setting.neck)
+    assert (found >= 0).all()
+
+
+def test_a_head_behind_a_stop_gradient_is_cross_entropy(task: Task) -> None:
+    one, two = (train(name, task, QUICK.setting, 1) for name in ("ce", "detached"))
+    assert one == two
+
+
+def test_training_is_repeatable_and_every_arm_differs(task: Task) -> None:
+    runs = {name: train(name, task, QUICK.setting, 1) for name in NAMES}
+    assert runs["dual-mlp"] == train("dual-mlp", task, QUICK.setting, 1)
+    looks = QUICK.setting.steps // 10
+    for name, run in runs.items():
+        groups = ("backbone", "head") if name in SINGLE else ("backbone",)
+        assert set(run["cosines"]) == (set(groups) if name in WATCHED else set())
+        assert all(len(values) == looks for values in run["cosines"].values())
+    ends = {name: tuple(run["collapse"].values()) for name, run in runs.items() if name != "detached"}
+    assert (
+        len(set(ends.values())) >= len(ends) - 2
+    )  # aligned arms differ from dual-norm only where there was a conflict
+
+
+def test_a_diverged_student_is_a_result(task: Task) -> None:
+    broken = Rows(task.train.features, task.train.labels, task.train.teacher * float("nan"))
+    run = train("norm", replace(task, train=broken), QUICK.setting, 0)
+    assert all(math.isnan(value) for value in run["collapse"].values())
+
+
+def test_squared_error_is_half_the_limit_of_the_logit_level_losses() -> None:
+    a, t = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = binary_kl_norm_loss(a, t, 1e4) / 2
+    torch.testing.assert_close(
+        squared_error(a, t, 2.0, reduction="batch_mean", mask=None), expected, rtol=1e-6, atol=0
+    )
+
+
+def test_the_study_runs_end_to_end(tmp_path: Path) -> None:
+    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
+    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
+    assert outcome.figure is not None
+    assert outcome.figure.read_text().startswith("<?xml")
+    known = set(outcome.measurements.estimates)
+    for claim in STUDY.claims:
+        assert {bound.statistic for bound in claim.criterion.bounds} | {claim.effect} <= known
+    assert {s for o in STUDY.observations for s in o.statistics} <= known
+    control = outcome.measurements.estimates["detached-minus-ce/accuracy"]
+    assert (control.low, control.value, control.high) == (0, 0, 0)
+    assert set(ARMS) <= set(NAMES)
