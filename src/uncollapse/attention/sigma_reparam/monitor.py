@@ -147,7 +147,7 @@ class AttentionEntropyMonitor:
 
     def _attends(self, call: AttentionCall) -> None:
         if self.passes % self.every == 0:
-            self._now.add(call.layer, call.rows(), self._padding.queries(call.query))
+            self._now.add_call(call, self._padding.queries(call.query))
 
     def _ends(self, module: nn.Module, args: object, output: Any) -> None:
         self.passes += 1
