@@ -38,7 +38,7 @@ class WatchCallback(TrainerCallback):
         if every < 1:
             raise ConfigError(f"WatchCallback: every has to be at least 1, got {every}")
         self.every, self.by_layer = every, by_layer
-        self._parts = {"attention": attention, "features": features}
+        self.attention, self.features = attention, features
         self._watcher: Watcher | None = None
         self._scalars: dict[str, float] = {}
 
@@ -57,7 +57,7 @@ class WatchCallback(TrainerCallback):
     ) -> None:
         """Begin to watch if this step is looked at."""
         if model is not None and state.global_step % self.every == 0:
-            self._watcher = watch(model, **self._parts)
+            self._watcher = watch(model, attention=self.attention, features=self.features)
             self._watcher.__enter__()
 
     def on_step_end(
