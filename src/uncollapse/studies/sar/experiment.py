@@ -52,8 +52,10 @@ ARMS: dict[str, Callable[..., Tent]] = {
     "no-reset": partial(SAR, reset_threshold=NEVER),
     "official": partial(SAR, compat="official", reset_threshold=0.029 * math.log(10)),
     "0.2-nats": partial(SAR, reset_threshold=0.2),
+    "low-margin": partial(SAR, rho=0.0, margin=0.1, reset_threshold=NEVER),
 }
-"""`official` keeps m and momentum over a reset and steps without reliable samples; its threshold is that of `sar`."""
+"""`official` keeps m and momentum over a reset and steps without reliable samples; its threshold is that of `sar`. `low-margin` is
+`filter` at 0.1 nats, below the entropy where gradients are largest."""
 REPORTED: dict[str, tuple[str, ...]] = {
     "none": ("accuracy", "share"),
     "tent": ("accuracy", "share", "collapsed"),
@@ -64,6 +66,7 @@ REPORTED: dict[str, tuple[str, ...]] = {
     "no-reset": ("accuracy", "share", "collapsed"),
     "official": ("accuracy", "resets"),
     "0.2-nats": ("accuracy", "resets"),
+    "low-margin": ("accuracy", "share"),
 }
 """What is estimated of each arm, over all single corruptions, orders and the large learning rates."""
 PAIRS = (
@@ -73,6 +76,7 @@ PAIRS = (
     ("no-reset", "tent"),
     ("official", "sar"),
     ("0.2-nats", "sar"),
+    ("low-margin", "filter"),
 )
 """Arms whose accuracies are compared, paired by seed."""
 MAIN = ("tent", "sar")
@@ -249,7 +253,7 @@ def _measure_kind(kind: Kind, by_seed: Sequence[Cells], seeds: Sequence[int]) ->
     estimates[f"{kind}/tent-minus-sar/share"] = paired_difference(
         table["tent"]["share"], table["sar"]["share"], seeds
     )
-    for rate in RATES:
+    for rate in (RATES[0], RATES[-1]):
         for arm in MAIN:
             estimates[f"{kind}/{arm}-minus-none/accuracy-{rate:g}"] = paired_difference(
                 per_seed(arm, (rate,), "accuracy"), table["none"]["accuracy"], seeds
