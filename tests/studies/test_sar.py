@@ -117,4 +117,5 @@ def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     known = set(outcome.measurements.estimates)
     for claim in STUDY.claims:
         assert {bound.statistic for bound in claim.criterion.bounds} | {claim.effect} <= known
-    assert {s for o in STUDY.observations for s in o.statistics} <= known
+    missing = {s for o in STUDY.observations for s in o.statistics} - known
+    assert missing <= {"conv/detector/collapsed", "mlp/detector/collapsed"}  # where no run collapses

@@ -26,9 +26,11 @@ Differs from the paper / the official code:
 """
 
 from uncollapse.measure.prediction_collapse import CollapseDetector, PredictionSpread
-from uncollapse.representation.sar.adaptation import SAR, Adaptation, AdaptationStats, NoAdaptation, Tent
+from uncollapse.representation.sar.adaptation import Adaptation, AdaptationStats, NoAdaptation
 from uncollapse.representation.sar.norms import collect_norm_params
 from uncollapse.representation.sar.sam import SAM
+from uncollapse.representation.sar.sar import SAR
+from uncollapse.representation.sar.tent import Tent
 
 __all__ = [
     "SAM",

@@ -9,7 +9,7 @@ optimiser alone and is saved and loaded with it; parameters come back even if th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from uncollapse.errors import ConfigError
+
+
+def grad_norm(params: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Euclidean norm of the gradients of all parameters jointly; 0 without any."""
+    norms = [torch.linalg.vector_norm(p.grad).to(params[0]) for p in params if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else params[0].new_zeros(())
 
 
 class SAM:
@@ -42,12 +48,6 @@ class SAM:
         """Every parameter of the optimiser."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def grad_norm(self) -> Float[Tensor, ""]:
-        """Euclidean norm of the gradients of all parameters jointly; 0 without any."""
-        home = self.params[0]
-        norms = [torch.linalg.vector_norm(p.grad).to(home) for p in self.params if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else home.new_zeros(())
-
     @contextmanager
     def perturbed(self) -> Iterator[Float[Tensor, ""]]:
         """Inside, parameters stand at theta + eps and have no gradient yet; yields ||g|| at theta.
@@ -56,7 +56,7 @@ class SAM:
         pass inside gave them.
         """
         with torch.no_grad():
-            norm = self.grad_norm()
+            norm = grad_norm(self.params)
             scale = self.rho / (norm + 1e-12)
             moved = [(p, p.detach().clone(), p.grad) for p in self.params if p.grad is not None]
             for p, _, grad in moved:

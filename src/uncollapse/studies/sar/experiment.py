@@ -52,8 +52,10 @@ ARMS: dict[str, Callable[..., Tent]] = {
     "no-reset": partial(SAR, reset_threshold=NEVER),
     "official": partial(SAR, compat="official", reset_threshold=0.029 * math.log(10)),
     "0.2-nats": partial(SAR, reset_threshold=0.2),
+    "low-margin": partial(SAR, rho=0.0, margin=0.1, reset_threshold=NEVER),
 }
-"""`official` keeps m and momentum over a reset and steps without reliable samples; its threshold is that of `sar`."""
+"""`official` keeps m and momentum over a reset and steps without reliable samples; its threshold is that of `sar`. `low-margin` is
+`filter` at 0.1 nats, below the entropy where gradients are largest."""
 REPORTED: dict[str, tuple[str, ...]] = {
     "none": ("accuracy", "share"),
     "tent": ("accuracy", "share", "collapsed"),
@@ -62,10 +64,21 @@ REPORTED: dict[str, tuple[str, ...]] = {
     "sam": ("accuracy", "share"),
     "reset": ("accuracy", "share"),
     "no-reset": ("accuracy", "share", "collapsed"),
-    "official": ("accuracy", "share", "resets"),
-    "0.2-nats": ("accuracy", "share", "resets"),
+    "official": ("accuracy", "resets"),
+    "0.2-nats": ("accuracy", "resets"),
+    "low-margin": ("accuracy", "share"),
 }
 """What is estimated of each arm, over all single corruptions, orders and the large learning rates."""
+PAIRS = (
+    ("sar", "tent"),
+    ("sar", "no-reset"),
+    ("sar", "reset"),
+    ("no-reset", "tent"),
+    ("official", "sar"),
+    ("0.2-nats", "sar"),
+    ("low-margin", "filter"),
+)
+"""Arms whose accuracies are compared, paired by seed."""
 MAIN = ("tent", "sar")
 """Run at every learning rate, on a mixture of shifts and one image at a time; the others at the large rates only."""
 
@@ -171,20 +184,27 @@ def sample_gradients(
 
 
 def gradients(kind: Kind, seed: int, size: Size) -> dict[str, Any]:
-    """Gradient norms of samples above and below the margin, means over corruptions, and by bins of entropy."""
+    """Gradient norms by entropy, means over corruptions.
+
+    `ratio`: samples above the margin over those below; `middle`: the half of the range below the margin that is next to it,
+    0.2 to 0.4 ln C, over those above; `rank`: rank correlation; `by_entropy`: mean norm in tenths of ln C.
+    """
     data, net = source(kind, seed, size.test, size.epochs)
-    ratios, ranks, pairs = [], [], []
+    ratios, middles, ranks, pairs = [], [], [], []
     for corruption, amount in SEVERITY[kind].items():
         images, _ = data.stream({corruption: amount}, "mixed", seed)
         entropy, norm = sample_gradients(net, images[: size.gradients])
-        high = entropy >= 0.4 * math.log(10)
+        share = entropy / math.log(10)
+        high, middle = share >= 0.4, (share >= 0.2) & (share < 0.4)
         ratios.append(float(norm[high].mean() / norm[~high].mean()))
+        middles.append(float(norm[middle].mean() / norm[high].mean()))
         ranks.append(float(stats.spearmanr(entropy.numpy(), norm.numpy()).statistic))
         pairs.append(torch.stack([entropy, norm]))
     entropy, norm = torch.cat(pairs, 1)
     bins = (entropy / math.log(10) * 10).long().clamp(max=9)
     return {
         "ratio": float(np.mean(ratios)),
+        "middle": float(np.mean(middles)),
         "rank": float(np.mean(ranks)),
         "by_entropy": [float(norm[bins == k].mean()) if (bins == k).any() else None for k in range(10)],
     }
@@ -226,15 +246,17 @@ def _measure_kind(kind: Kind, by_seed: Sequence[Cells], seeds: Sequence[int]) ->
         table[arm] = {name: per_seed(arm, rates, name) for name in names}
         for name, values in table[arm].items():
             estimates[f"{kind}/{arm}/{name}"] = mean_over_seeds(values, seeds)
-    for name, (more, less) in {"share": ("tent", "sar"), "accuracy": ("sar", "tent")}.items():
-        estimates[f"{kind}/{more}-minus-{less}/{name}"] = paired_difference(
-            table[more][name], table[less][name], seeds
+    for more, less in PAIRS:
+        estimates[f"{kind}/{more}-minus-{less}/accuracy"] = paired_difference(
+            table[more]["accuracy"], table[less]["accuracy"], seeds
         )
-    for rate in RATES:
-        none = per_seed("none", (0.0,), "accuracy")
+    estimates[f"{kind}/tent-minus-sar/share"] = paired_difference(
+        table["tent"]["share"], table["sar"]["share"], seeds
+    )
+    for rate in (RATES[0], RATES[-1]):
         for arm in MAIN:
             estimates[f"{kind}/{arm}-minus-none/accuracy-{rate:g}"] = paired_difference(
-                per_seed(arm, (rate,), "accuracy"), none, seeds
+                per_seed(arm, (rate,), "accuracy"), table["none"]["accuracy"], seeds
             )
     for corruption in by_seed[0]:
         low, none = (
@@ -242,22 +264,22 @@ def _measure_kind(kind: Kind, by_seed: Sequence[Cells], seeds: Sequence[int]) ->
             for arm, rates in (("sar", RATES[:1]), ("none", (0.0,)))
         )
         estimates[f"{kind}/sar-minus-none/{corruption}-{RATES[0]:g}"] = paired_difference(low, none, seeds)
-    flags = _flags(by_seed)
-    for name, values in flags.items():
-        estimates[f"{kind}/detector/{name}"] = mean_over_seeds(values, seeds)
-    return estimates
+    return estimates | _measure_detector(kind, by_seed, seeds)
 
 
-def _flags(by_seed: Sequence[Cells]) -> dict[str, list[float]]:
-    """How often the detector flags runs that have collapsed by their share, and others."""
-    found: dict[str, list[float]] = {"collapsed": [], "others": []}
-    for cells in by_seed:
-        runs = [run for arm in MAIN for run in _runs(cells, arm, RATES)]
-        runs += _runs(cells, "none", (0.0,))
-        for name, of in (("collapsed", True), ("others", False)):
+def _measure_detector(kind: Kind, by_seed: Sequence[Cells], seeds: Sequence[int]) -> dict[str, Estimate]:
+    """How often the detector flags runs that have collapsed by their share, over seeds that have any, and others."""
+    estimates = {}
+    for name, of in (("collapsed", True), ("others", False)):
+        found = {}
+        for seed, cells in zip(seeds, by_seed, strict=True):
+            runs = [run for arm in MAIN for run in _runs(cells, arm, RATES)] + _runs(cells, "none", (0.0,))
             flags = [run["flagged"] for run in runs if (run["share"] >= COLLAPSED) == of]
-            found[name].append(float(np.mean(flags)) if flags else math.nan)
-    return found
+            if flags:
+                found[seed] = float(np.mean(flags))
+        if found:
+            estimates[f"{kind}/detector/{name}"] = mean_over_seeds([*found.values()], [*found])
+    return estimates
 
 
 def _measure_others(
@@ -270,7 +292,7 @@ def _measure_others(
     estimates = {}
     for arm in ("none", *MAIN):
         rates = (0.0,) if arm == "none" else LARGE
-        for name in ("accuracy", "share"):
+        for name in ("accuracy",) if arm == "none" else ("accuracy", "share"):
             mixed = [_mean((runs[f"mixed/{arm}/{rate:g}"] for rate in rates), name) for runs in mixtures]
             estimates[f"{kind}/mixture/{arm}/{name}"] = mean_over_seeds(mixed, seeds)
             alone = [_mean((runs[arm] for runs in cells.values()), name) for cells in singles]
@@ -329,7 +351,7 @@ def measure(quick: bool, trials: Trials) -> Measurements:
             norms.append(run("gradients", partial(gradients, kind, seed, size)))
         estimates |= _measure_kind(kind, alone, seeds)
         estimates |= _measure_others(kind, mixtures, singles, seeds)
-        for name in ("ratio", "rank"):
+        for name in ("ratio", "middle", "rank"):
             estimates[f"{kind}/gradient/{name}"] = mean_over_seeds([found[name] for found in norms], seeds)
         details["curves"][kind] = _curves(alone)
         details["gradients"][kind] = [found["by_entropy"] for found in norms]
