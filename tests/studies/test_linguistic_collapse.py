@@ -87,7 +87,11 @@ def test_rank_correlations_and_their_intervals() -> None:
     apart = [float(v + 100 * g) for v, g in zip(x, group, strict=True)]
     assert rank_correlation(apart, shifted).value > 0.8
     assert rank_correlation(apart, shifted, within=group).low < 0
-    assert stronger(list(x), list(y), list(z)).low > 0
+    more = stronger(list(x), list(y), list(z))
+    assert more.value == pytest.approx(
+        abs(stats.spearmanr(x, y).statistic) - abs(stats.spearmanr(x, z).statistic)
+    )
+    assert more.low < more.value < more.high
     assert math.isnan(rank_correlation([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0]).value)
 
 

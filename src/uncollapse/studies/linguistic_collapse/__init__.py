@@ -81,7 +81,7 @@ STUDY = Study(
             criterion=AllOf(
                 (
                     Bound("smollm2-minus-permuted/nc3/cosine/mean", ">", 0.05),
-                    Bound("smollm2/permuted/cosine", "<=", 0.02, by="value"),
+                    Bound("smollm2/permuted/cosine", "<=", 0.1, by="value"),
                 )
             ),
             effect="smollm2-minus-permuted/nc3/cosine/mean",
