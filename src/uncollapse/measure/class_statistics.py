@@ -69,7 +69,7 @@ class CollapseReport:
         return self.values[name]
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamingNC:
     """Counts, means and scatters of features by class, gathered batch by batch in O(B d), and their collapse.
 
