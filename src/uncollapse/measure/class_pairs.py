@@ -1,7 +1,7 @@
 """What needs every pair of classes: class-distance-normalised variance and hyperspherical uniformity, without C x C.
 
-All pairs are visited in tiles, or a uniform sample of pairs is drawn, which is unbiased for means and comes with
-standard errors: at C = 49,152 there are 1.2 billion pairs, and a million of them give three digits.
+All pairs are visited in tiles, or a random sample of them, which is unbiased and comes with standard errors: at
+C = 49,152 there are 1.2 billion pairs, and a million of them give three digits.
 
 Squared distances come from directions, ||u - u'||^2 = 2 (1 - cos) and ||mu - mu'||^2 = (r - r')^2 + 2 r r' (1 - cos), and for
 pairs that nearly coincide (1 - cos < 1e-4) from the differences themselves, so that nothing cancels.
@@ -12,12 +12,12 @@ Symbols and names of metrics: `class_statistics`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
@@ -25,6 +25,9 @@ from uncollapse.measure.class_geometry import BLOCK_ELEMENTS, ClassMeans, coeffi
 
 _NEAR = 1e-4
 """1 - cos below which a pair is computed again from the difference of its directions, in float64."""
+
+_ROUNDS = 10
+"""Independent rounds of sampled pairs, from which their standard errors come."""
 
 _LEAST = 1e-12
 """Least squared distance of two directions that the logarithm sees."""
@@ -36,14 +39,6 @@ class Kernels(NamedTuple):
     cdnv: Tensor
     log_kernel: Tensor
     distance: Tensor
-
-
-class Moments(NamedTuple):
-    """Of values over pairs, or the standard errors of these three."""
-
-    mean: float
-    variance: float
-    cov: float
 
 
 @dataclass
@@ -58,42 +53,92 @@ class Spread:
         """Take more values."""
         finite = values.isfinite()
         kept = values if bool(finite.all()) else values[finite]
-        count = kept.numel()
-        if not count:
+        if kept.numel():
+            mean = kept.mean()
+            self.merge(Spread(kept.numel(), float(mean), float((kept - mean).square().sum())))
+
+    def merge(self, other: Spread) -> None:
+        """Take the values of another."""
+        if not other.count:
             return
-        mean = kept.mean()
-        gap = float(mean) - self.mean if self.count else 0.0
-        total = self.count + count
-        self.scatter += float((kept - mean).square().sum()) + gap**2 * self.count * count / total
-        self.mean = float(mean) - gap * self.count / total
+        gap = other.mean - self.mean if self.count else 0.0
+        total = self.count + other.count
+        self.scatter += other.scatter + gap**2 * self.count * other.count / total
+        self.mean = other.mean - gap * self.count / total
         self.count = total
 
-    def moments(self) -> Moments:
+    @property
+    def variance(self) -> float:
         """Over the values themselves: divided by their number."""
-        variance = self.scatter / self.count if self.count else math.nan
-        return Moments(self.mean, variance, coefficient_of_variation(self.mean, variance))
+        return self.scatter / self.count if self.count else math.nan
 
 
 @dataclass
 class LogMeanExp:
-    """ln of the mean of exp(x) over values x that come in pieces, whatever their size; NaN for none."""
+    """ln of the mean of exp(x) over values x that come in pieces, whatever their size; NaN is left out."""
 
     count: int = 0
     total: float = -math.inf
 
     def add(self, values: Tensor) -> None:
-        """Take more values; NaN is left out."""
+        """Take more values."""
         kept = values[~values.isnan()]
-        if not len(kept):
-            return
-        found = float(torch.logsumexp(kept, 0))
-        high, low = max(self.total, found), min(self.total, found)
-        self.total = high + math.log1p(math.exp(low - high))
-        self.count += len(kept)
+        if len(kept):
+            self.merge(LogMeanExp(len(kept), float(torch.logsumexp(kept, 0))))
 
+    def merge(self, other: LogMeanExp) -> None:
+        """Take the values of another."""
+        if not other.count:
+            return
+        high, low = max(self.total, other.total), min(self.total, other.total)
+        self.total = high + math.log1p(math.exp(low - high))
+        self.count += other.count
+
+    @property
     def value(self) -> float:
-        """The logarithm, in nats."""
+        """The logarithm, in nats; NaN for no value."""
         return self.total - math.log(self.count) if self.count else math.nan
+
+
+@dataclass
+class Averages:
+    """What is averaged over pairs, so far."""
+
+    riesz: float
+    cdnv: Spread = field(default_factory=Spread)
+    log_kernel: Spread = field(default_factory=Spread)
+    distance: Spread = field(default_factory=Spread)
+    power: LogMeanExp = field(default_factory=LogMeanExp)
+
+    def add(self, found: Kernels) -> None:
+        """Take the values of more pairs."""
+        self.cdnv.add(found.cdnv)
+        self.log_kernel.add(found.log_kernel)
+        self.distance.add(found.distance)
+        self.power.add(found.log_kernel.flatten() * self.riesz)
+
+    def merge(self, other: Averages) -> None:
+        """Take all pairs of another."""
+        for mine, theirs in (
+            (self.cdnv, other.cdnv),
+            (self.log_kernel, other.log_kernel),
+            (self.distance, other.distance),
+        ):
+            mine.merge(theirs)
+        self.power.merge(other.power)
+
+    def values(self) -> dict[str, float]:
+        """The metrics."""
+        log_kernel, distance = self.log_kernel, self.distance
+        return {
+            "nc1/cdnv/mean": self.cdnv.mean,
+            "gnc2/log_kernel/mean": log_kernel.mean,
+            "gnc2/log_kernel/var": log_kernel.variance,
+            "gnc2/log_kernel/cov": coefficient_of_variation(log_kernel.mean, log_kernel.variance),
+            "gnc2/distance/mean": distance.mean,
+            "gnc2/distance/cov": coefficient_of_variation(distance.mean, distance.variance),
+            "gnc2/riesz/log_mean": self.power.value,
+        }
 
 
 @dataclass(frozen=True)
@@ -134,38 +179,51 @@ class ClassPairs:
 
     def exact(self, tile: int, dtype: torch.dtype) -> PairReport:
         """Over all pairs, `tile` x `tile` of them at a time, with products of directions in `dtype`."""
-        cdnv, log_kernel, distance, riesz = Spread(), Spread(), Spread(), LogMeanExp()
+        every = Averages(self.riesz)
         for found in self._tiles(tile, dtype):
-            cdnv.add(found.cdnv)
-            log_kernel.add(found.log_kernel)
-            distance.add(found.distance)
-            riesz.add(found.log_kernel.flatten() * self.riesz)
-        values = _named(cdnv.moments(), log_kernel.moments(), distance.moments(), riesz.value())
-        return PairReport(values, {}, self.total, self.total - cdnv.count)
+            every.add(found)
+        return PairReport(every.values(), {}, self.total, self.total - every.cdnv.count)
 
     def sampled(self, count: int, seed: int) -> PairReport:
-        """Over `count` pairs drawn uniformly with replacement: unbiased means and variances, with standard errors."""
+        """Over at most about `count` pairs, in rounds: all pairs within groups into which the classes are dealt at random.
+
+        Every pair is as likely as any other, so means are unbiased; and every class of a round is in as many pairs, so what one
+        class adds to all of its pairs cancels, which independent pairs would leave as noise. Standard errors: delete-one
+        jackknife over the rounds, which are independent.
+        """
         generator = torch.Generator().manual_seed(seed)
-        device, size = self.means.mean.device, len(self.means)
-        first = torch.randint(size, (count,), generator=generator)
-        second = (first + torch.randint(1, size, (count,), generator=generator)) % size
-        step = max(1, BLOCK_ELEMENTS // self.means.mean.shape[1])
-        pieces = [
-            self._kernels(i, j, self._apart(i, j))
-            for i, j in zip(first.to(device).split(step), second.to(device).split(step), strict=True)
-        ]
-        found = Kernels(*(torch.cat(column) for column in zip(*pieces, strict=True)))
-        (cdnv, cdnv_error), (log_kernel, log_kernel_error), (distance, distance_error) = map(
-            _estimated, found
-        )
-        riesz, riesz_error = _log_mean_estimated(found.log_kernel * self.riesz)
-        coincident = count - int(found.cdnv.isfinite().sum())
-        return PairReport(
-            _named(cdnv, log_kernel, distance, riesz),
-            _named(cdnv_error, log_kernel_error, distance_error, riesz_error),
-            count,
-            coincident,
-        )
+        size = len(self.means)
+        group = min(size, max(2, 1 + 2 * count // (_ROUNDS * size)))
+        groups = min(size // group, max(1, round(2 * count / (_ROUNDS * group * (group - 1)))))
+        rounds = [Averages(self.riesz) for _ in range(_ROUNDS)]
+        for one in rounds:
+            dealt = torch.randperm(size, generator=generator)[: groups * group].view(groups, group)
+            for rows in dealt.to(self.means.mean.device).split(
+                max(1, BLOCK_ELEMENTS // self.means.mean.shape[1] // group)
+            ):
+                one.add(self._within(rows))
+        values = self._merged(rounds)
+        without = [self._merged(rounds[:i] + rounds[i + 1 :]) for i in range(_ROUNDS)]
+        errors = {name: _jackknife([left[name] for left in without]) for name in values}
+        pairs = _ROUNDS * groups * group * (group - 1) // 2
+        return PairReport(values, errors, pairs, pairs - sum(one.cdnv.count for one in rounds))
+
+    def _merged(self, rounds: Sequence[Averages]) -> dict[str, float]:
+        every = Averages(self.riesz)
+        for one in rounds:
+            every.merge(one)
+        return every.values()
+
+    def _within(self, rows: Int[Tensor, "group member"]) -> Kernels:
+        """Kernels of all pairs of members of a group."""
+        u = self.means.directions(rows.flatten()).view(*rows.shape, -1)
+        apart = 1 - u @ u.mT
+        i, j = torch.triu_indices(rows.shape[1], rows.shape[1], 1, device=rows.device)
+        first, second, between = rows[:, i].flatten(), rows[:, j].flatten(), apart[:, i, j].flatten()
+        near = (between < _NEAR).nonzero()[:, 0]
+        for part in near.split(len(rows) * rows.shape[1]):
+            between[part] = self._apart(first[part], second[part])
+        return self._kernels(first, second, between)
 
     def _tiles(self, tile: int, dtype: torch.dtype) -> Iterator[Kernels]:
         """Kernels of every pair once."""
@@ -217,41 +275,8 @@ def uniform_log_kernel(dim: int) -> float:
     return -math.log(2) - (half - whole) / 2
 
 
-def _named(cdnv: Moments, log_kernel: Moments, distance: Moments, riesz: float) -> dict[str, float]:
-    return {
-        "nc1/cdnv/mean": cdnv.mean,
-        "gnc2/log_kernel/mean": log_kernel.mean,
-        "gnc2/log_kernel/var": log_kernel.variance,
-        "gnc2/log_kernel/cov": log_kernel.cov,
-        "gnc2/distance/mean": distance.mean,
-        "gnc2/distance/cov": distance.cov,
-        "gnc2/riesz/log_mean": riesz,
-    }
-
-
-def _estimated(values: Tensor) -> tuple[Moments, Moments]:
-    """Moments of a larger set from a sample of it, and their standard errors: each that of its linearisation."""
-    x = values[values.isfinite()]
-    count = len(x)
-    if count < 2:
-        none = Moments(math.nan, math.nan, math.nan)
-        return none, none
-    mean, variance = float(x.mean()), float(x.var())
-    cov = coefficient_of_variation(mean, variance)
-    off = x - mean
-    square = off.square()
-    relative = square / (2 * variance) - off / mean if variance > 0 and mean else torch.zeros_like(x)
-    root = math.sqrt(count)
-    return Moments(mean, variance, cov), Moments(
-        float(off.std()) / root, float(square.std()) / root, abs(cov) * float(relative.std()) / root
-    )
-
-
-def _log_mean_estimated(x: Tensor) -> tuple[float, float]:
-    """ln of the mean of exp(x) and its standard error: that of the mean over the mean, which a heavy tail makes too small."""
-    x = x[~x.isnan()]
-    if len(x) < 2:
-        return math.nan, math.nan
-    scaled = (x - x.amax()).exp()
-    mean = float(scaled.mean())
-    return float(x.amax()) + math.log(mean), float(scaled.std()) / mean / math.sqrt(len(x))
+def _jackknife(without: Sequence[float]) -> float:
+    """Standard error of a statistic from its values without each of n independent parts."""
+    mean = sum(without) / len(without)
+    square = sum((value - mean) * (value - mean) for value in without)
+    return math.sqrt(square * (1 - 1 / len(without)))

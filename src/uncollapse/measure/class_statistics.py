@@ -69,7 +69,7 @@ class CollapseReport:
         return self.values[name]
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamingNC:
     """Counts, means and scatters of features by class, gathered batch by batch in O(B d), and their collapse.
 
@@ -120,7 +120,7 @@ class StreamingNC:
         A batch that is refused leaves the statistics as they were.
 
         Raises:
-            DataError: another number of features, NaN or inf, or a class outside 0 .. num_classes - 1.
+            DataError: another number of features or of classes, NaN or inf, or a class outside 0 .. num_classes - 1.
         """
         rows, classes = self._checked(h, y, mask)
         for part in blocks(len(rows), self.dim):
@@ -246,6 +246,10 @@ class StreamingNC:
         features, classes = torch.as_tensor(h), torch.as_tensor(y)
         if features.shape[-1] != self.dim:
             raise DataError(f"StreamingNC: features of width {features.shape[-1]}, expected {self.dim}")
+        if features.shape[:-1] != classes.shape:
+            raise DataError(
+                f"StreamingNC: features {tuple(features.shape)} for classes {tuple(classes.shape)}; give one class a row"
+            )
         features = features.detach().reshape(-1, self.dim)
         classes = classes.reshape(-1)
         if mask is not None:

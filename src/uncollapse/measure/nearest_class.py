@@ -149,12 +149,17 @@ class NC4Accumulator:
         """Decide samples, with their classes if known; positions outside the mask do not exist. Returns itself.
 
         Raises:
-            DataError: another number of features, or NaN or inf.
+            DataError: another number of features, another number of classes than samples, or NaN or inf.
         """
         device, width = self._hits.device, self._head.matrix.shape[1]
         features = torch.as_tensor(h).detach()
         if features.shape[-1] != width:
             raise DataError(f"NC4Accumulator: features of width {features.shape[-1]}, expected {width}")
+        if y is not None and torch.as_tensor(y).shape != features.shape[:-1]:
+            raise DataError(
+                f"NC4Accumulator: features {tuple(features.shape)} for classes {tuple(torch.as_tensor(y).shape)}; "
+                "give one class a row"
+            )
         features = features.reshape(-1, width)
         classes = None if y is None else torch.as_tensor(y).reshape(-1)
         if mask is not None:
