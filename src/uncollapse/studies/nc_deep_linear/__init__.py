@@ -64,7 +64,7 @@ def figure(measured: Measurements) -> Figure:
         ylabel="|w₁ - w₂|",
         xscale="log",
     )
-    runs = details["digits"]["unequal"]
+    runs = details["digits"]
     several = [(f"seed {seed}", np.array(values)) for seed, values in enumerate(runs["lengths"])]
     law = ufm_mse_minimizer(DIGIT_COUNTS, 1, DIGIT_LAM, DIGIT_LAM).w_norm2.sqrt().numpy()
     geometry.lengths(DIGIT_COUNTS, several, digits, expected=[("free features", law)])
