@@ -51,20 +51,13 @@ def figure(measured: Measurements) -> Figure:
         (line,) = vanish.plot(ratio, found, "o", label=f"depth {depth}")
         vanish.plot(ratio, expected, "-", color=line.get_color(), linewidth=1)
     vanish.axvline(1, color="0.7", zorder=0)
-    vanish.set(
-        title="B: smallest class, squared error", xlabel="size over threshold", ylabel="|h|²", xscale="log"
-    )
+    vanish.set(title="B: smallest class, squared error", xlabel="size over threshold", ylabel="|h|²")
     vanish.legend(fontsize=8, frameon=False)
     ratio, distance = np.array(details["sweeps"]["merging"]).T
     merge.plot(ratio, np.sqrt(np.maximum(distance, 0)), "o-")
     merge.axvline(1, color="0.7", zorder=0)
-    merge.set(
-        title="B: two small classes, cross-entropy",
-        xlabel="size over threshold",
-        ylabel="|w₁ - w₂|",
-        xscale="log",
-    )
-    runs = details["digits"]["unequal"]
+    merge.set(title="B: two small classes, cross-entropy", xlabel="size over threshold", ylabel="|w₁ - w₂|")
+    runs = details["digits"]
     several = [(f"seed {seed}", np.array(values)) for seed, values in enumerate(runs["lengths"])]
     law = ufm_mse_minimizer(DIGIT_COUNTS, 1, DIGIT_LAM, DIGIT_LAM).w_norm2.sqrt().numpy()
     geometry.lengths(DIGIT_COUNTS, several, digits, expected=[("free features", law)])
@@ -94,7 +87,7 @@ def _draw_deep(axis: object, runs: dict) -> None:
         for name, mark in (("pairs", "C1_"), ("circulant", "C2_")):
             axis.plot(at, run[name] / run["etf"], mark, markersize=16, label=name if not at else None)
     axis.axhline(1, color="0.7", zorder=0)
-    axis.set(title="D: deep cross-entropy", ylabel="objective over that of the ETF", ylim=(0.65, 1.4))
+    axis.set(title="D: deep cross-entropy", ylabel="objective over that of the ETF", ylim=(0.6, 1.4))
     axis.set_xticks(range(len(runs)), list(runs), rotation=20, fontsize=7)
     axis.legend(fontsize=8, frameon=False)
 

@@ -287,7 +287,8 @@ def _measure_digits(
             for seed in seeds
         ]
         estimates |= _digit_estimates(name, runs, seeds)
-        drawn[name] = {"lengths": [run["lengths"] for run in runs], "gram": runs[0]["gram"]}
+        if name == "unequal":
+            drawn = {"lengths": [run["lengths"] for run in runs], "gram": runs[0]["gram"]}
     return estimates, drawn
 
 
@@ -316,7 +317,7 @@ def _measure_cross_entropy(size: Size, trials: Trials) -> tuple[dict[str, Estima
         run = trials.trial(f"D {name}", partial(deep_trial, classes, depth, n, lam, size.starts))
         best = min(run["pairs"], run["circulant"], *run["descent"])
         ended = np.less(run["etf-distance"], 0.05)
-        drawn[name] = run
+        drawn[name] = {key: run[key] for key in ("etf", "pairs", "circulant", "descent")}
         estimates[f"deep/{name}/etf-excess"] = exact(run["etf"] - best)
         estimates[f"deep/{name}/share-etf"] = exact(float(ended.mean()))
         estimates[f"deep/{name}/median-rank"] = exact(float(np.median(run["rank"])))
