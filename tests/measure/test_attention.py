@@ -61,7 +61,8 @@ def test_a_row_that_sees_nothing_is_nan_and_left_out():
     mask = causal(7, 7).repeat(3, 1, 1, 1)
     mask[1] = False
     rows = attention_rows(q, k, mask=mask)
-    assert rows.entropy[1].isnan().all() and rows.entropy[0].isfinite().all()
+    assert rows.entropy[1].isnan().all()
+    assert rows.entropy[0].isfinite().all()
     assert attention_entropy(logits=logits, mask=mask).isfinite().all()
     torch.testing.assert_close(
         attention_entropy(logits=logits, mask=mask),
@@ -74,7 +75,8 @@ def test_uniform_causal_attention():
         q = torch.zeros(1, 1, length, 2, dtype=torch.float64)
         rows = attention_rows(q, q, causal=True)
         assert float(rows.entropy.mean()) == pytest.approx(uniform_causal_entropy(length), abs=1e-12)
-        assert rows.normalized[..., 1:].allclose(torch.ones(1).double()) and rows.normalized[..., 0].isnan().all()
+        assert rows.normalized[..., 1:].allclose(torch.ones(1).double())
+        assert rows.normalized[..., 0].isnan().all()
     assert uniform_causal_entropy(128) == pytest.approx(3.878168, abs=1e-6)
     assert uniform_causal_entropy(4) == pytest.approx(math.log(24) / 4)
 
@@ -98,7 +100,7 @@ def test_what_is_refused():
     with pytest.raises(ConfigError, match="attn"):
         attention_entropy()
     with pytest.raises(ConfigError, match="reduce"):
-        attention_entropy(logits=logits, reduce="mean")  # type: ignore[arg-type]
+        attention_entropy(logits=logits, reduce="mean")
     with pytest.raises(DataError, match="heads"):
         attention_rows(q, k.repeat(1, 2, 1, 1)[:, :3])
     with pytest.raises(DataError, match="NaN"):

@@ -12,13 +12,17 @@ from typing import Any
 _HOME = {
     "attention": (
         "AttentionRows",
+        "KeyMask",
         "attention_entropy",
         "attention_entropy_lower_bound",
         "attention_rows",
+        "attention_rows_of_matrix",
         "bound_from_logits",
         "bound_from_weights",
         "uniform_causal_entropy",
     ),
+    "class_pairs": ("uniform_log_kernel",),
+    "class_statistics": ("CollapseReport", "StreamingNC"),
     "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),
     "entropy_change": (
         "EntropyQuadrants",
@@ -53,6 +57,7 @@ _HOME = {
         "simplex_etf",
         "variance_along",
     ),
+    "nearest_class": ("NC4Accumulator", "NC4Report"),
     "token_stats": ("token_stats_from_logits",),
     "statistics": (
         "Collision",

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from uncollapse.errors import DataError
 
-_PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging", "unittest", "xml")
+_PACKAGES = (
+    "asyncio",
+    "collections",
+    "concurrent",
+    "email",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "unittest",
+    "xml",
+)
 """Packages that every CPython ships, beside the modules at the top of the library."""
 
 
