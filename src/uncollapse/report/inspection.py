@@ -87,8 +87,8 @@ def _lead(found: Inspection) -> list[str]:
     if found.blocks:
         first, *_, last = [*found.blocks.values()] * 2
         lead.append(
-            f"Features use {level(last.effective_rank)} of {last.width} dimensions behind the last block, "
-            f"{level(first.effective_rank)} behind the first."
+            f"Features use {number(last.effective_rank)} of {last.width} dimensions behind the last block, "
+            f"{number(first.effective_rank)} behind the first."
         )
     return lead
 
@@ -117,7 +117,7 @@ def _tiles(found: Inspection) -> list[Tile]:
         tiles.append(
             Tile(
                 "Effective rank",
-                level(ranks[-1]),
+                number(ranks[-1]),
                 f"of {last.width}",
                 "features behind the last block",
                 spark,
