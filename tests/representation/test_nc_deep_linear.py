@@ -31,6 +31,7 @@ from uncollapse.representation.nc_deep_linear import (
     paired_logits,
     released_root,
     scalar_cost_limit,
+    scalar_local_limit,
     scalar_minimum,
     schatten_objective,
     schatten_penalty,
@@ -429,6 +430,22 @@ def test_12_a_class_vanishes_at_its_threshold(depth: int, side: float) -> None:
     found = ufm_mse_minimizer(counts, depth, lam, lam)
     assert found.collapsed.tolist() == [False, False, side < 1]
     near(class_costs(found.problem)[2], scalar_cost_limit(depth) / side, 1e-9)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 6])
+def test_12_up_to_the_local_limit_a_class_stays_alive_if_it_is(depth: int) -> None:
+    limit = scalar_local_limit(depth)
+    grid = torch.linspace(0, 3, 300_001, dtype=torch.float64)
+    near((depth * grid ** (depth - 1) / (grid**depth + 1) ** 2).max(), limit, 1e-9)
+    c = torch.tensor([limit * (1 - 1e-2)], dtype=torch.float64)
+    x = released_root(c, depth)
+
+    def value(at: Tensor) -> float:
+        return float(1 / (at**depth + 1) + c * at)
+
+    assert value(x) <= min(value(x * 0.9999), value(x * 1.0001))
+    with pytest.raises(DataError, match="no stationary point"):
+        released_root(torch.tensor([limit * (1 + 1e-6)], dtype=torch.float64), depth)
 
 
 def test_the_released_solver_is_wrong_in_a_window_and_fails_beyond() -> None:

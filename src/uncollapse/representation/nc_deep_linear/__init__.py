@@ -33,6 +33,7 @@ from uncollapse.representation.nc_deep_linear.mse import (
     minority_collapse_threshold,
     released_root,
     scalar_cost_limit,
+    scalar_local_limit,
     scalar_minimum,
     ufm_mse_minimizer,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "paired_logits",
     "released_root",
     "scalar_cost_limit",
+    "scalar_local_limit",
     "scalar_minimum",
     "schatten_objective",
     "schatten_penalty",

@@ -30,6 +30,15 @@ def scalar_cost_limit(depth: int) -> float:
     return float((depth - 1) ** ((depth - 1) / depth) / depth)
 
 
+def scalar_local_limit(depth: int) -> float:
+    """Cost c up to which x > 0 is a *local* minimum: max_x M x^(M-1)/(x^M + 1)^2, that is 1, 0.6495, 0.8400 for M = 1, 2, 3.
+
+    Between `scalar_cost_limit` and this, descent that starts with the class alive keeps it, though collapse is better.
+    """
+    top = ((depth - 1) / (depth + 1)) ** (1 / depth)
+    return float(depth * top ** (depth - 1) / (top**depth + 1) ** 2)
+
+
 def scalar_minimum(
     c: Float[Tensor, "*batch"], depth: int
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
@@ -47,8 +56,8 @@ def scalar_minimum(
 def released_root(c: Float[Tensor, "*batch"], depth: int) -> Float[Tensor, "*batch"]:
     """What the released code takes for x: the largest root of c (x^M + 1)^2 = M x^(M-1), never compared with x = 0.
 
-    For M >= 2 and c from `scalar_cost_limit` to max_x M x^(M-1)/(x^M + 1)^2 (0.5 to 0.6495 for M = 2) it is a
-    stationary point with an objective above that of collapse.
+    For M >= 2 and c from `scalar_cost_limit` to `scalar_local_limit` (0.5 to 0.6495 for M = 2) it is a local minimum with
+    an objective above that of collapse.
 
     Source: Fsoft-AIC/Neural-Collapse-in-Deep-Linear-Networks, synthetic_experiment_imbalanced.py.
 

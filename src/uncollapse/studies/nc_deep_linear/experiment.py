@@ -14,14 +14,21 @@ from scipy.stats import spearmanr
 
 from uncollapse.measure.neural_collapse import nc1_quotient, nc2_etf, nc2_gof
 from uncollapse.representation.nc_deep_linear import (
+    UFM,
+    Factors,
+    balanced_factors,
     best_scale,
     circulant_logits,
     cross_entropy,
+    descend,
     etf_logits,
+    initial_factors,
     minimize_ufm,
     minority_collapse_threshold,
     paired_logits,
     released_root,
+    scalar_cost_limit,
+    scalar_local_limit,
     scalar_minimum,
     squared_error,
     ufm_ce_convex,
@@ -110,17 +117,42 @@ def minimum_trial(depth: int, restarts: int, width: int) -> dict[str, Any]:
 
 
 def threshold_trial(depth: int, ratio: float, restarts: int) -> dict[str, Any]:
-    """Squared mean length of the smallest class at `ratio` times its threshold, best of several L-BFGS runs."""
+    """Squared mean length of the smallest class at `ratio` times its threshold, best of several L-BFGS runs.
+
+    From random starts (`found`), and from starts in which a set of classes is alive, for every set (`sets-found`).
+    """
     counts = SWEEP_COUNTS
     lam = penalty_at(ratio, counts[-1], sum(counts), depth)
     closed = ufm_mse_minimizer(counts, depth, lam, lam)
-    runs = minimize_ufm(counts, depth, lam, lam, widths=[20] * depth, restarts=restarts, std=0.4, seed=STARTS)
-    features = runs[0].factors.features[closed.problem.labels == len(counts) - 1]
+    random = minimize_ufm(
+        counts, depth, lam, lam, widths=[20] * depth, restarts=restarts, std=0.4, seed=STARTS
+    )
+    sets = [
+        descend(closed.problem, _alive(closed.problem, alive))
+        for alive in itertools.product((0.0, 1.0), repeat=len(counts))
+        if any(alive)
+    ]
+    best = min(sets, key=lambda run: run.objective)
     return {
-        "found": float(features.mean(0).square().sum()),
+        "found": _smallest_length(closed.problem, random[0].factors),
+        "excess": random[0].objective - closed.objective,
+        "sets-found": _smallest_length(closed.problem, best.factors),
+        "sets-excess": best.objective - closed.objective,
         "expected": float(closed.h_norm2[-1]),
-        "excess": runs[0].objective - closed.objective,
     }
+
+
+def _alive(problem: UFM, alive: Sequence[float]) -> Factors:
+    """Factors whose logits are 0.7 for the classes of a set, plus noise of deviation 0.02."""
+    logits = 0.7 * torch.tensor(alive, dtype=torch.float64).diag()
+    start = balanced_factors(problem, logits, [5] * problem.depth)
+    noise = initial_factors(problem, [5] * problem.depth, seed=STARTS, std=0.02)
+    layers = tuple(a + b for a, b in zip(start.layers, noise.layers, strict=True))
+    return Factors(layers, start.features + noise.features)
+
+
+def _smallest_length(problem: UFM, factors: Factors) -> float:
+    return float(factors.features[problem.labels == problem.classes - 1].mean(0).square().sum())
 
 
 def penalty_at(ratio: float, size: int, samples: int, depth: int) -> float:
@@ -148,7 +180,8 @@ def digits_trial(counts: tuple[int, ...], seed: int, steps: int, polish: int) ->
     """A ReLU network with unequal classes, and Spearman's rank correlation of row lengths with class sizes."""
     found = train_digits(counts, seed, lam=DIGIT_LAM, steps=steps, polish=polish)
     equal = len(set(counts)) == 1
-    found["spearman"] = 0.0 if equal else float(spearmanr(found["lengths"], counts).statistic)
+    # rounded: 1 comes out as 1 - 1e-16
+    found["spearman"] = 0.0 if equal else round(float(spearmanr(found["lengths"], counts).statistic), 12)
     return found
 
 
@@ -258,7 +291,14 @@ def _measure_thresholds(size: Size, trials: Trials) -> tuple[dict[str, Estimate]
         ]
         right = [(run["found"] < VANISHED) == (r < 1) for run, r in zip(runs, size.ratios, strict=True)]
         alive = [run for run, r in zip(runs, size.ratios, strict=True) if r > 1]
+        from_sets = [
+            (run["sets-found"] < VANISHED) == (r < 1) for run, r in zip(runs, size.ratios, strict=True)
+        ]
         estimates[f"threshold-{depth}/right"] = exact(float(np.mean(right)))
+        estimates[f"threshold-{depth}/sets-right"] = exact(float(np.mean(from_sets)))
+        estimates[f"threshold-{depth}/sets-excess"] = exact(max(run["sets-excess"] for run in runs))
+        local = scalar_cost_limit(depth) / scalar_local_limit(depth)
+        estimates[f"threshold-{depth}/local-limit"] = exact(local)
         estimates[f"threshold-{depth}/excess"] = exact(max(run["excess"] for run in runs))
         estimates[f"threshold-{depth}/first-length"] = exact(alive[0]["found"])
         estimates[f"threshold-{depth}/first-expected"] = exact(alive[0]["expected"])
