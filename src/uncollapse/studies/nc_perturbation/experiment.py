@@ -205,7 +205,10 @@ def measure(quick: bool, trials: Trials) -> Measurements:
         "penalties": list(size.penalties),
         "layers": [{name: course for name, course in run.items() if name != "nc1"} for run in layers],
         "decay": {
-            loss: [{arm: {"nc1": run[arm]["nc1"]} for arm in ARMS} for run in runs]
+            loss: {
+                arm: {m: _short([run[arm][m] for run in runs]) for m in ("nc1", "nc1-quotient")}
+                for arm in ARMS
+            }
             for loss, runs in decay.items()
         },
     }
