@@ -237,13 +237,13 @@ def test_without_head_penalty_the_head_is_least_squares() -> None:
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 10_000), st.sampled_from([0.02, 0.3, 2.0]), st.sampled_from([0.0, 0.05, 0.8]))
+@given(st.integers(0, 10_000), st.sampled_from([0.02, 0.3, 2.0]), st.sampled_from([0.0, 0.05, 1.8]))
 def test_5_the_theorem_holds_at_every_step(seed: int, lam_w: float, lam_h: float) -> None:
     H0, y = random_features(seed)
-    path = central_path_flow(H0, y, lam_w, lam_h, (0.0, 3.0))
+    path = central_path_flow(H0, y, lam_w, lam_h, (0.0, 5.0))
     growth = (2 * lam_h * path.t).exp()
     assert bool((path.nc1.diff() < 1e-10).all())
-    assert bool(((growth * path.trace_w).diff() < 1e-10).all())
+    assert bool(((growth * path.trace_w).diff() < 1e-12).all())  # shrinkage by lam_h is exact: growth reaches 7e7
     assert bool(((growth * path.trace_b).diff() > -1e-10).all())
     assert float(path.nc1[-1]) < float(path.nc1[0])
 

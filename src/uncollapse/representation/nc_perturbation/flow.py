@@ -76,12 +76,16 @@ def central_path_flow(
     penalty = lam_w * local.samples / K
     identity = torch.eye(d, dtype=torch.float64)
 
-    def velocity(_: float, state: np.ndarray) -> np.ndarray:
+    def shrinkage(t: float | Tensor) -> Tensor:
+        """What lam_h alone does to deviations; exact, so that the solver's error is not all that is left of them."""
+        return torch.exp(-lam_h * (torch.as_tensor(t, dtype=torch.float64) - t_span[0]))
+
+    def velocity(t: float, state: np.ndarray) -> np.ndarray:
         linear, means = torch.from_numpy(state).split([d, K])
-        now = local.moved(linear, means)
+        now = local.moved(shrinkage(t) * linear, means)
         W = ridge(now.sums, now.gram, penalty)
-        pull = W.T @ W + lam_h * identity
-        return torch.cat([-linear @ pull, W - means @ pull]).numpy()
+        seen = W.T @ W
+        return torch.cat([-linear @ seen, W - means @ seen - lam_h * means]).numpy()
 
     solution = solve_ivp(
         lambda t, flat: velocity(t, flat.reshape(d + K, d)).ravel(),
@@ -97,6 +101,7 @@ def central_path_flow(
             f"central_path_flow: the solver gave up at t = {solution.t[-1]:g}: {solution.message}"
         )
     maps, means = torch.from_numpy(solution.y.T.reshape(-1, d + K, d).copy()).split([d, K], dim=1)
+    maps = shrinkage(torch.from_numpy(solution.t))[:, None, None] * maps
     course = [local.moved(*pair) for pair in zip(maps, means, strict=True)]
     place = H0.device
     return CentralPath(

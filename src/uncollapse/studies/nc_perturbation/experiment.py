@@ -149,11 +149,13 @@ def _decay(
     for arm in ARMS:
         if arm != "baseline":
             found[f"{name}/{arm}"] = mean_over_seeds(change("nc1", arm).tolist(), seeds)
-    for how, where in itertools.product(CHANGES, ("feature", "last")):
-        for other, control in (("head", f"head-{how}"), ("placebo", "placebo")):
-            excess = np.abs(change("nc1", f"{where}-{how}")) - np.abs(change("nc1", control))
-            found[f"{name}/{where}-{how}-over-{other}"] = mean_over_seeds(excess.tolist(), seeds)
-            found[f"{name}/{where}-{how}-over-{other}/wins"] = exact(float(np.mean(excess > 0)))
+    for how, (where, other) in itertools.product(
+        CHANGES, (("feature", "head"), ("feature", "placebo"), ("last", "head"))
+    ):
+        control = f"head-{how}" if other == "head" else other
+        excess = np.abs(change("nc1", f"{where}-{how}")) - np.abs(change("nc1", control))
+        found[f"{name}/{where}-{how}-over-{other}"] = mean_over_seeds(excess.tolist(), seeds)
+        found[f"{name}/{where}-{how}-over-{other}/wins"] = exact(float(np.mean(excess > 0)))
     for how, metric in itertools.product(CHANGES, ("nc1-quotient", "nc2")):
         excess = np.abs(change(metric, f"feature-{how}")) - np.abs(change(metric, f"head-{how}"))
         found[f"decay/{loss}/{metric}/feature-{how}-over-head/wins"] = exact(float(np.mean(excess > 0)))
@@ -201,8 +203,14 @@ def measure(quick: bool, trials: Trials) -> Measurements:
         },
         "spectrum": [run["values"] | {"off": run["off"]} for run in spectrum["near"]],
         "penalties": list(size.penalties),
-        "layers": layers,
-        "decay": decay,
+        "layers": [{name: course for name, course in run.items() if name != "nc1"} for run in layers],
+        "decay": {
+            loss: {
+                arm: {m: _short([run[arm][m] for run in runs]) for m in ("nc1", "nc1-quotient")}
+                for arm in ARMS
+            }
+            for loss, runs in decay.items()
+        },
     }
     return Measurements(estimates, details, seeds)
 

@@ -100,7 +100,8 @@ def _decay(axis: Axes, details: Any) -> None:
     arms = [arm for arm in ARMS if arm != "baseline"]
     for loss, colour, shift in (("mse", "C0", -0.12), ("ce", "C3", 0.12)):
         for at, arm in enumerate(arms):
-            change = [np.log(run[arm]["nc1"] / run["baseline"]["nc1"]) for run in details["decay"][loss]]
+            runs = details["decay"][loss]
+            change = np.log(np.divide(runs[arm]["nc1"], runs["baseline"]["nc1"]))
             label = loss if at == 0 else None
             axis.plot(np.full(len(change), at + shift), change, "o", color=colour, alpha=0.6, label=label)
     axis.axhline(0, color="k", lw=0.6)
