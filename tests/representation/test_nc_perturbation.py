@@ -243,7 +243,8 @@ def test_5_the_theorem_holds_at_every_step(seed: int, lam_w: float, lam_h: float
     path = central_path_flow(H0, y, lam_w, lam_h, (0.0, 5.0))
     growth = (2 * lam_h * path.t).exp()
     assert bool((path.nc1.diff() < 1e-10).all())
-    assert bool(((growth * path.trace_w).diff() < 1e-12).all())  # shrinkage by lam_h is exact: growth reaches 7e7
+    # so small because the shrinkage by lam_h is exact: growth reaches 7e7
+    assert bool(((growth * path.trace_w).diff() < 1e-12).all())
     assert bool(((growth * path.trace_b).diff() > -1e-10).all())
     assert float(path.nc1[-1]) < float(path.nc1[0])
 
