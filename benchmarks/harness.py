@@ -57,6 +57,8 @@ class Case:
     absent: Mapping[str, str] = field(default_factory=dict)
     versions: tuple[str, ...] = ("torch",)
     goals: tuple[Goal, ...] = ()
+    memory: bool = True
+    """Whether each contestant's peak memory is measured, in a process of its own."""
     baseline: str = OURS
     """Whose time all times are divided by."""
     score: Callable[[], Mapping[str, Any]] | None = None
@@ -214,8 +216,9 @@ def run(name: str, *, rounds: int, threads: int, say: Callable[[str], None]) -> 
     say(f"{name}: {rounds} rounds of {', '.join(case.contestants)}")
     rows = summary(*times(case.contestants, rounds=rounds, tick=lambda: say(".")), case.baseline)
     for contestant, row in rows.items():
-        say(f"{name}: memory of {contestant}")
-        row["extra_peak_mb"] = round(extra_peak_bytes(name, contestant, threads) / 1e6, 1)
+        if case.memory:
+            say(f"{name}: memory of {contestant}")
+            row["extra_peak_mb"] = round(extra_peak_bytes(name, contestant, threads) / 1e6, 1)
         row["largest_difference"] = differences.get(contestant)
     score = dict(case.score()) if case.score is not None else {}
     judged = {**rows, "score": score}

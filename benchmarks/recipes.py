@@ -45,6 +45,7 @@ def case() -> Case:
         contestants={name: steps(one) for name, one in built.items()},
         check=dict,
         baseline=BASELINE,
+        memory=False,
         versions=("torch", "trl", "transformers"),
         goals=(
             Goal(

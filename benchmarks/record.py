@@ -81,7 +81,7 @@ def _row(name: str, row: dict[str, Any]) -> str:
     seconds, difference = row["seconds"], row["largest_difference"]
     return (
         f"| {name} | {seconds['median']:.2f} | {seconds['p20']:.2f} to {seconds['p80']:.2f} | {seconds['min']:.2f} "
-        f"| {row['time_over_ours']:.2f} | {row['cpu_over_ours']:.2f} | {row['extra_peak_mb']:.0f} "
+        f"| {row['time_over_ours']:.2f} | {row['cpu_over_ours']:.2f} | {_megabytes(row)} "
         f"| {'' if difference is None else f'{difference:.0e}'} |"
     )
 
@@ -90,3 +90,7 @@ def _goal(goal: dict[str, Any]) -> str:
     verdict = {True: "reached", False: "**missed**", None: "not measured"}[goal["met"]]
     value = "none" if goal["value"] is None else f"{goal['value']:.3g}"
     return f"- {goal['goal']}: {value} ({'at least' if goal['at_least'] else 'at most'} {goal['limit']}): {verdict}."
+
+
+def _megabytes(row: Mapping[str, Any]) -> str:
+    return f"{row['extra_peak_mb']:.0f}" if "extra_peak_mb" in row else "-"
