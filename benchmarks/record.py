@@ -92,5 +92,5 @@ def _goal(goal: dict[str, Any]) -> str:
     return f"- {goal['goal']}: {value} ({'at least' if goal['at_least'] else 'at most'} {goal['limit']}): {verdict}."
 
 
-def _megabytes(row: Mapping[str, Any]) -> str:
+def _megabytes(row: dict[str, Any]) -> str:
     return f"{row['extra_peak_mb']:.0f}" if "extra_peak_mb" in row else "-"
