@@ -32,7 +32,8 @@ def case() -> Case:
 
     args = settings(24, optim="sgd", steps_per_generation=2)
     known = {name: recipe for name, recipe in recipes().items() if not recipe.refusals(offers.TRL)}
-    built = {name: trainer(GRPOTrainer, 60, args, load("smollm2-135m")[0], recipe=name) for name in known}
+    model = load("smollm2-135m")[0]
+    built = {name: trainer(GRPOTrainer, 60, args, model, recipe=name) for name in known}
     vocabulary = {
         name
         for name, recipe in known.items()

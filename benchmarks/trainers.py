@@ -6,6 +6,7 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from benchmarks.prompts import prompts
@@ -36,10 +37,10 @@ def trainer(make: Any, prompt_tokens: int, args: Any, model: Any = None, **optio
 
     from uncollapse.models import load
 
-    loaded, tokenizer = load("smollm2-135m")
+    tokenizer = _tokenizer()
     rows = Dataset.from_list([{"prompt": text} for text in prompts(tokenizer, prompt_tokens, 16)])
     built = make(
-        model or loaded,
+        model or load("smollm2-135m")[0],
         reward_funcs=reward,
         args=args,
         train_dataset=rows,
@@ -48,6 +49,13 @@ def trainer(make: Any, prompt_tokens: int, args: Any, model: Any = None, **optio
     )
     built.remove_callback(PrinterCallback)
     return built
+
+
+@lru_cache
+def _tokenizer() -> Any:
+    from uncollapse.models import load
+
+    return load("smollm2-135m")[1]
 
 
 def steps(built: Any) -> Callable[[], Any]:

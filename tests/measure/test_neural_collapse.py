@@ -301,6 +301,12 @@ def test_low_precision_is_measured_in_float64(dtype: torch.dtype) -> None:
     assert low == high
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    H, y, W, b = data(2)
+    assert nc.nc_metrics(H, y.to(dtype), W, b) == nc.nc_metrics(H, y, W, b)
+
+
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from uncollapse.measure.neural_collapse import moments
 

@@ -23,6 +23,7 @@ from uncollapse.integrations.processes import ProcessError
 _VERBS: dict[str, str | dict[str, str]] = {
     "demo": "demo:demo",
     "diagnose": "diagnose:diagnose",
+    "inspect": "inspect:inspect",
     "cliff": "cliff:cliff",
     "train": "train:train",
     "compare": "compare:compare",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from uncollapse.cli.bar import Bar
 from uncollapse.cli.catalogue import AsJson, interval
-from uncollapse.cli.output import as_json, console, note, say, table
+from uncollapse.cli.output import as_json, note, say, table
 
 
 def reproduce(
@@ -41,7 +41,7 @@ def reproduce(
     """
     from uncollapse.studies.study import reproduce as run
 
-    with _bar(slug) as progress:
+    with Bar(slug) as progress:
         outcome = run(slug, quick=quick, output=output, progress=progress)
     if json_:
         as_json(outcome.record)
@@ -76,37 +76,3 @@ def _print(record: Mapping[str, Any]) -> None:
 def _exit_code(record: Mapping[str, Any], fail_on: str | None) -> int:
     failing = {"not-reproduced": {"not reproduced"}, "inconclusive": {"not reproduced", "inconclusive"}}
     return int(any(claim["verdict"] in failing.get(fail_on or "", ()) for claim in record["claims"]))
-
-
-class _bar:
-    """A progress bar on stderr; lines where it is no terminal."""
-
-    def __init__(self, title: str) -> None:
-        screen = console(stderr=True)
-        columns = (
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        self.bar = Progress(*columns, console=screen) if screen.is_terminal else None
-        self.last = -1
-
-    def __enter__(self) -> _bar:
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task("starting", total=None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """As `uncollapse.studies` calls it."""
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total, description=what)
-        elif done != self.last:
-            self.last = done
-            note(f"{done}/{total} {what}")

@@ -12,13 +12,18 @@ from typing import Any
 _HOME = {
     "attention": (
         "AttentionRows",
+        "KeyMask",
         "attention_entropy",
         "attention_entropy_lower_bound",
         "attention_rows",
+        "attention_rows_of_matrix",
         "bound_from_logits",
         "bound_from_weights",
         "uniform_causal_entropy",
     ),
+    "attention_gradient": ("attention_rows_with_gradient",),
+    "class_pairs": ("uniform_log_kernel",),
+    "class_statistics": ("CollapseReport", "StreamingNC"),
     "covariance": ("CovarianceProfile", "covariance_profile", "token_covariance"),
     "entropy_change": (
         "EntropyQuadrants",
@@ -54,6 +59,7 @@ _HOME = {
         "simplex_etf",
         "variance_along",
     ),
+    "nearest_class": ("NC4Accumulator", "NC4Report"),
     "token_stats": ("token_stats_from_logits",),
     "statistics": (
         "Collision",
@@ -92,6 +98,7 @@ _HOME = {
         "pass_at_k",
         "self_similarity",
     ),
+    "prediction_collapse": ("CollapseDetector", "PredictionSpread"),
     "spectra": (
         "SecondMoment",
         "condition_number",

@@ -12,10 +12,10 @@ vacuous in real models; `bound_from_logits` takes the norm of each centred logit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
@@ -25,17 +25,21 @@ from uncollapse.errors import ConfigError, DataError
 _LOW = -1e30
 """A logit that no key may have: exp gives an exact 0, and 0 times it is 0 where that of -inf would be NaN."""
 
+_LEAST = -80.0
+"""Scores so far below the largest of their row add nothing; exp is several times slower where its result underflows."""
+
+_BLOCKED = -9e3
+"""Added to a score, this or less means that the key may not be seen; models write -1e4, -1e9 or the least number."""
+
 _CHUNK_ELEMENTS = 1 << 18
 """Elements of the score matrix held at once: about what stays in a core's cache."""
-
-Reduce = Literal["head", "row"]
 
 
 def attention_entropy(
     attn: Float[Tensor, "batch head query key"] | None = None,
     logits: Float[Tensor, "batch head query key"] | None = None,
     mask: Bool[Tensor, "#batch #head #query key"] | None = None,
-    reduce: Reduce = "head",
+    reduce: str = "head",
     normalize: bool = False,
 ) -> Float[Tensor, "*rows"]:
     """Entropy of attention rows from probabilities or, better, logits; 0 to ln(number of allowed keys).
@@ -61,10 +65,7 @@ def attention_entropy(
         seen = attn if mask is None else attn.masked_fill(~mask, 0)
         rows = torch.special.entr(seen).sum(-1)
         shape, keys = attn.shape[:-1], attn.shape[-1]
-    if mask is None:
-        allowed = torch.full(shape, keys, device=rows.device)
-    else:
-        allowed = mask.sum(-1).expand(shape)
+    allowed = torch.full(shape, keys, device=rows.device) if mask is None else mask.sum(-1).expand(shape)
     if normalize:
         rows = rows / allowed.to(rows.dtype).log()
     rows = rows.masked_fill(allowed < (2 if normalize else 1), torch.nan)
@@ -82,19 +83,31 @@ def uniform_causal_entropy(length: int) -> float:
     return math.lgamma(length + 1) / length
 
 
+@overload
+def attention_entropy_lower_bound(norm: Tensor | float, keys: Tensor | int) -> Tensor: ...
+@overload
+def attention_entropy_lower_bound(norm: np.ndarray, keys: np.ndarray | int) -> np.ndarray: ...
+@overload
+def attention_entropy_lower_bound(norm: float, keys: np.ndarray) -> np.ndarray: ...
 def attention_entropy_lower_bound(
-    norm: Float[Tensor, "*batch"] | float, keys: Shaped[Tensor, "*batch"] | int
-) -> Float[Tensor, "*batch"]:
-    """Least entropy of a softmax over `keys` = T logits whose vector has Euclidean norm at most `norm` = s.
+    norm: Tensor | np.ndarray | float, keys: Tensor | np.ndarray | int
+) -> Tensor | np.ndarray:
+    """Least entropy of a softmax over `keys` = T logits whose vector has Euclidean norm at most `norm` = s; nats.
 
     ln(1 + (T-1) b) + s sqrt(T(T-1)) b / (1 + (T-1) b) with b = exp(-s sqrt(T/(T-1))); reached by one logit
     s sqrt((T-1)/T) and T-1 equal ones. ln T at s = 0, about T s exp(-s) for large s, and 0 for one key.
+
+    Norms and numbers of keys broadcast. Arrays give arrays, everything else tensors: of the dtype of a floating norm,
+    float64 otherwise.
 
     Source: Zhai et al. (2023), arXiv 2303.06296, theorem 3.1.
 
     Raises:
         DataError: a negative or NaN norm, or fewer than one key.
     """
+    if isinstance(norm, np.ndarray) or isinstance(keys, np.ndarray):
+        given = torch.as_tensor(np.asarray(norm, dtype=np.float64)), torch.as_tensor(np.asarray(keys))
+        return attention_entropy_lower_bound(*given).numpy()
     s = torch.as_tensor(norm)
     s = s if s.is_floating_point() and isinstance(norm, Tensor) else s.double()
     t = torch.as_tensor(keys, dtype=s.dtype, device=s.device)
@@ -102,8 +115,8 @@ def attention_entropy_lower_bound(
         raise DataError("attention_entropy_lower_bound: needs norms >= 0 and at least one key")
     others = (t - 1).clamp(min=1)
     b = torch.exp(-s * (t / others).sqrt())
-    z = 1 + others * b
-    bound = z.log() + s * (t * others).sqrt() * b / z
+    spread = others * b
+    bound = spread.log1p() + s * (t * others).sqrt() * b / (1 + spread)
     return torch.where(t > 1, bound, torch.zeros_like(bound))
 
 
@@ -115,7 +128,9 @@ def bound_from_logits(
     count = allowed.sum(-1, keepdim=True)
     kept = logits.masked_fill(~allowed, 0)
     centred = (kept - kept.sum(-1, keepdim=True) / count.clamp(min=1)).masked_fill(~allowed, 0)
-    bound = attention_entropy_lower_bound(torch.linalg.vector_norm(centred, dim=-1), count[..., 0].clamp(min=1))
+    bound = attention_entropy_lower_bound(
+        torch.linalg.vector_norm(centred, dim=-1), count[..., 0].clamp(min=1)
+    )
     return bound.masked_fill(count[..., 0] == 0, torch.nan)
 
 
@@ -149,21 +164,64 @@ class AttentionRows:
         return (self.entropy / self.allowed.log()).masked_fill(self.allowed < 2, torch.nan)
 
 
+@dataclass(frozen=True)
+class KeyMask:
+    """Which keys a query may see, read once for all layers that share a mask.
+
+    Attributes:
+        additive: numbers added to the scores, large and negative where a key may not be seen; None if only order decides.
+        causal: no query sees a key behind its own place, counted from the last; such scores are not even computed.
+        allowed: how many keys each query sees.
+    """
+
+    additive: Float[Tensor, "#batch #head #query key"] | None
+    causal: bool
+    allowed: Float[Tensor, "#batch #head query"]
+
+    @classmethod
+    def of(
+        cls,
+        mask: Shaped[Tensor, "#batch #head #query key"] | None,
+        queries: int,
+        keys: int,
+        *,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+    ) -> KeyMask:
+        """From True where a key may be seen, or numbers to add to the scores (as kernels take them), and the order."""
+        device = mask.device if mask is not None else device
+        ordered = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        if mask is None:
+            seen = ordered if causal else torch.ones_like(ordered)
+            return cls(None, causal, seen.sum(-1).float()[None, None])
+        additive = torch.zeros_like(mask, dtype=torch.float32) if mask.dtype == torch.bool else mask
+        blocked = ~mask if mask.dtype == torch.bool else mask < _BLOCKED
+        seen = ~blocked.expand(*mask.shape[:2], queries, keys)
+        causal = causal or not bool((seen & ~ordered).any())
+        if causal:
+            seen = seen & ordered
+        if torch.equal(seen, ordered.expand_as(seen)) and not bool(additive.masked_fill(blocked, 0).any()):
+            return cls(None, True, seen[:1, :1].sum(-1).float())
+        return cls(additive.masked_fill(blocked, _LOW), causal, seen.sum(-1).float())
+
+
 @torch.no_grad()
 def attention_rows(
     query: Float[Tensor, "batch head query feature"],
     key: Float[Tensor, "batch kv_head key feature"],
     *,
     scale: float | None = None,
-    mask: Shaped[Tensor, "#batch #head #query key"] | None = None,
+    mask: Shaped[Tensor, "#batch #head #query key"] | KeyMask | None = None,
     causal: bool = False,
+    softcap: float | None = None,
 ) -> AttentionRows:
     """Statistics of attention rows, recomputed from queries and keys; never holds more than a few query rows.
 
     Args:
         scale: factor of the scores; 1/sqrt(feature) if not given.
-        mask: True where a key may be seen, or numbers added to the scores (as kernels take it).
+        mask: True where a key may be seen, or numbers added to the scores (as kernels take it), or either as a `KeyMask`.
         causal: query i of n sees the keys up to the i-th of the last n; keys beyond are not even computed.
+        softcap: scores s become softcap tanh(s / softcap) before the mask.
 
     Raises:
         DataError: heads that the key heads do not divide, or a non-finite score.
@@ -172,73 +230,89 @@ def attention_rows(
     kv_heads, keys = key.shape[1:3]
     if heads % kv_heads:
         raise DataError(f"attention_rows: {heads} query heads cannot share {kv_heads} key heads")
+    if not isinstance(mask, KeyMask):
+        mask = KeyMask.of(mask, queries, keys, causal=causal, device=query.device)
     scale = width**-0.5 if scale is None else scale
-    grouped = query.detach().reshape(batch, kv_heads, heads // kv_heads, queries, width) * scale
+    grouped = (query.detach() * scale).reshape(batch, kv_heads, heads // kv_heads, queries, width)
     keys_t = key.detach().mT
-    rows = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys))
-    parts = [
-        _chunk(grouped[:, :, :, start : start + rows], keys_t, mask, causal, start, queries)
-        for start in range(0, queries, rows)
-    ]
-    return _joined(parts, (batch, heads, queries), query)
+    entropy, peak, first = query.new_empty(
+        3, batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32)
+    )
+    rows = rows_at_once(queries, batch * heads * keys)
+    behind = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+    for start in range(0, queries, rows):
+        here = slice(start, min(start + rows, queries))
+        scores = scores_of_rows(grouped, keys_t, mask, here, behind, softcap)
+        weight = scores.exp()
+        total = weight.sum(-1)
+        entropy[..., here] = total.log() - torch.linalg.vecdot(weight, scores) / total
+        peak[..., here] = 1 / total
+        first[..., here] = weight[..., 0] / total
+    return _rows(entropy, mask.allowed, peak, first)
 
 
-def _chunk(
-    query: Float[Tensor, "batch kv_head group row feature"],
-    keys_t: Float[Tensor, "batch kv_head feature key"],
-    mask: Tensor | None,
-    causal: bool,
-    start: int,
-    queries: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, allowed keys, peak and first of query rows `start` onwards; each (batch, head, row)."""
-    batch, kv_heads, group, rows, _ = query.shape
-    keys = keys_t.shape[-1]
-    end = min(keys, keys - queries + start + rows) if causal else keys
-    scores = query.reshape(batch, kv_heads, group * rows, -1) @ keys_t[..., :end]
-    scores = scores.reshape(batch, kv_heads * group, rows, end)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    seen = None
-    if mask is not None:
-        here = mask[..., start : start + rows, :end] if mask.shape[-2] > 1 else mask[..., :end]
-        if here.dtype == torch.bool:
-            seen = here
-        else:
-            seen = here > torch.finfo(here.dtype).min / 2
-            scores = scores + here.masked_fill(~seen, 0)
-    if causal:
-        place = torch.arange(start, start + rows, device=scores.device) + keys - queries
-        below = torch.arange(end, device=scores.device) <= place[:, None]
-        seen = below if seen is None else seen & below
-    if seen is None:
-        allowed = scores.new_full(scores.shape[:-1], end)
-    else:
-        scores = scores.masked_fill(~seen, _LOW)
-        allowed = seen.sum(-1).expand(scores.shape[:-1]).to(scores.dtype)
-    top = scores.amax(-1, keepdim=True)
-    shifted = scores.sub_(top)
-    weight = shifted.exp()
-    total = weight.sum(-1)
-    entropy = total.log() - torch.linalg.vecdot(weight, shifted) / total
-    return entropy, allowed, 1 / total, weight[..., 0] / total
+@torch.no_grad()
+def attention_rows_of_matrix(attn: Float[Tensor, "batch head query key"], mask: KeyMask) -> AttentionRows:
+    """The same statistics of probabilities that a kernel has shown, for less: one logarithm a probability.
+
+    Raises:
+        DataError: a probability is NaN.
+    """
+    batch, heads, queries, keys = attn.shape
+    attn = attn.detach()
+    entropy, peak = attn.new_empty(2, batch, heads, queries)
+    least = torch.finfo(attn.dtype).tiny
+    rows = rows_at_once(queries, batch * heads * keys)
+    for start in range(0, queries, rows):
+        here = slice(start, min(start + rows, queries))
+        some = attn[:, :, here, : max(1, keys - queries + here.stop) if mask.causal else keys]
+        entropy[..., here] = some.clamp(min=least).log_().mul_(some).sum(-1).neg_()
+        peak[..., here] = some.amax(-1)
+    return _rows(entropy, mask.allowed, peak, attn[..., 0])
 
 
-def _joined(
-    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], shape: tuple[int, int, int], like: Tensor
-) -> AttentionRows:
-    if not parts:
-        empty = like.new_empty(shape)
-        return AttentionRows(empty, empty, empty, empty)
-    entropy, allowed, peak, first = (torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
+def _rows(entropy: Tensor, allowed: Tensor, peak: Tensor, first: Tensor) -> AttentionRows:
+    allowed = allowed.to(entropy).expand(entropy.shape)
     blind = allowed == 0
     if not bool((entropy.isfinite() | blind).all()):
-        raise DataError("attention_rows: queries or keys contain NaN or inf")
+        raise DataError("attention: queries, keys or probabilities contain NaN or inf")
     return AttentionRows(
         entropy=entropy.clamp(min=0).masked_fill(blind, torch.nan),
         allowed=allowed,
         peak=peak.masked_fill(blind, torch.nan),
         first=first.masked_fill(blind, torch.nan),
     )
+
+
+def rows_at_once(queries: int, elements_of_row: int) -> int:
+    """Into how many query rows at once the work is cut."""
+    return max(1, min(queries, _CHUNK_ELEMENTS // max(1, elements_of_row)))
+
+
+def scores_of_rows(
+    grouped: Float[Tensor, "batch kv_head group query feature"],
+    keys_t: Float[Tensor, "batch kv_head feature key"],
+    mask: KeyMask,
+    here: slice,
+    behind: Bool[Tensor, "rows rows"],
+    softcap: float | None,
+) -> Float[Tensor, "batch head row some_keys"]:
+    """Scores of the query rows `here`, less the largest of each row; without the keys that none of them may see."""
+    batch, kv_heads, group, queries, width = grouped.shape
+    rows, keys = here.stop - here.start, keys_t.shape[-1]
+    end = max(1, keys - queries + here.stop) if mask.causal else keys
+    query = grouped[:, :, :, here].reshape(batch, kv_heads, group * rows, width)
+    scores = (query @ keys_t[..., :end]).reshape(batch, kv_heads * group, rows, end)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask.additive is not None:
+        added = mask.additive[..., here, :end] if mask.additive.shape[-2] > 1 else mask.additive[..., :end]
+        scores.add_(added)
+    if mask.causal:  # what is behind the place of a row stands in the last columns
+        corner = min(rows, end)
+        scores[..., end - corner :].masked_fill_(behind[:rows, rows - corner : rows], _LOW)
+    return scores.sub_(scores.amax(-1, keepdim=True)).clamp_(min=_LEAST)
 
 
 def _entropy_of_logits(logits: Tensor) -> Tensor:

@@ -7,6 +7,14 @@ model, tokenizer = models.load("tiny")
 
 from uncollapse.models.cache import cache_directory
 from uncollapse.models.smollm2 import MissingWeights
-from uncollapse.models.zoo import load, model_names, models
+from uncollapse.models.zoo import is_classifier, load, load_classifier, model_names, models
 
-__all__ = ["MissingWeights", "cache_directory", "load", "model_names", "models"]
+__all__ = [
+    "MissingWeights",
+    "cache_directory",
+    "is_classifier",
+    "load",
+    "load_classifier",
+    "model_names",
+    "models",
+]

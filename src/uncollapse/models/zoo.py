@@ -57,12 +57,50 @@ def load(
         ConfigError: no such dtype or device.
         MissingWeights: for smollm2-135m, without package and network.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise MissingExtra("transformers", "rl")
+    _need_transformers()
     kind, place = _dtype(dtype), _device(device)
     if name_or_path == "smollm2-135m":
         return _load_smollm2(kind, place, seed)
     return _from_pretrained(_source(name_or_path), kind, place, seed)
+
+
+def load_classifier(
+    name_or_path: str | os.PathLike[str], *, dtype: Any = "float32", device: Any = "cpu", seed: int = 0
+) -> tuple[Any, Any]:
+    """A text classifier and its tokenizer, from a directory or Hub id; arguments, result and errors as of `load`."""
+    _need_transformers()
+    kind, place = _dtype(dtype), _device(device)
+    return _from_pretrained(
+        _source(name_or_path), kind, place, seed, auto="AutoModelForSequenceClassification"
+    )
+
+
+def is_classifier(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether the config of a model says that it classifies whole texts.
+
+    Raises:
+        MissingExtra, UnknownName, DataError: as `load`.
+    """
+    _need_transformers()
+    if name_or_path in NAMES:
+        return False
+    from transformers import AutoConfig
+
+    source = _source(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise DataError(f"{source}: no config that can be read: {_reason(error)}") from error
+    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _need_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtra("transformers", "rl")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _load_smollm2(dtype: Any, device: Any, seed: int) -> tuple[Any, Any]:
@@ -102,18 +140,20 @@ def _check_directory(path: Path) -> None:
     raise DataError(f"{path}: not a model ({what}); expected a directory written by save_pretrained")
 
 
-def _from_pretrained(source: str, dtype: Any, device: Any, seed: int) -> tuple[Any, Any]:
+def _from_pretrained(
+    source: str, dtype: Any, device: Any, seed: int, *, auto: str = "AutoModelForCausalLM"
+) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     try:
         with _no_progress_bars(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers, safetensors and the Hub each raise kinds of their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{source}: not a causal language model that can be loaded: {reason}") from error
+        what = "classifier" if "Classification" in auto else "causal language model"
+        raise DataError(f"{source}: not a {what} that can be loaded: {_reason(error)}") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

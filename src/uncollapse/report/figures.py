@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from uncollapse.measure.entropy_law import LawComparison
@@ -173,6 +174,36 @@ def bars(
     ax.grid(False)
     ax.set_xticks([])
     ax.spines["bottom"].set_visible(False)
+    return ax
+
+
+def cells(
+    values: np.ndarray,
+    ax: Axes | None = None,
+    *,
+    title: str,
+    xlabel: str,
+    steps: Sequence[float],
+    colours: Sequence[str],
+    legend: bool = True,
+) -> Axes:
+    """A matrix from 0 to 1 as coloured cells, first row on top; `colours[i]` below `steps[i]`, the last above all. NaN: empty."""
+    ax = _dress(ax, title, "", xlabel)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = colours[int(np.searchsorted(steps, value, side="right"))]
+            ax.add_patch(Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, facecolor=colour, linewidth=0))
+    ax.set_xlim(-0.7, values.shape[1] - 0.3)
+    ax.set_ylim(values.shape[0] - 0.3, -0.7)
+    ax.grid(False)
+    if legend:
+        edges = ["0", *(f"{step:g}" for step in steps), "1"]
+        patches = [
+            Patch(color=colour, label=f"{low} to {high}")
+            for colour, low, high in zip(colours, edges, edges[1:], strict=False)
+        ]
+        ax.legend(handles=patches, frameon=False, fontsize=SIZE - 1.5, labelcolor=LIGHT["ink"], ncols=4, handlelength=1,
+                  loc="upper left", bbox_to_anchor=(-0.02, -0.09 if values.shape[0] > 12 else -0.25))  # fmt: skip
     return ax
 
 

@@ -162,14 +162,14 @@ def nc4(
 
     Both choose among the classes given; leave out those that have no mean. Ties go to the first class.
     """
-    centre = means.double().mean(0)
+    head, centre = W.double(), means.double().mean(0)
     moved = means.double() - centre
-    offset = moved.square().sum(-1) / 2
-    shift = W.double() @ centre if b is None else W.double() @ centre + b.double()
-    differ = torch.zeros((), dtype=torch.float64, device=H.device)
+    near = moved.square().sum(-1) / 2
+    shift = head @ centre if b is None else head @ centre + b.double()
+    differ = head.new_zeros(())
     for rows in blocks(len(H), len(means) + H.shape[1]):
         h = H[rows].double() - centre
-        differ = differ + ((h @ W.double().T + shift).argmax(-1) != (h @ moved.T - offset).argmax(-1)).sum()
+        differ = differ + ((h @ head.T + shift).argmax(-1) != (h @ moved.T - near).argmax(-1)).sum()
     return differ / len(H)
 
 

@@ -56,7 +56,7 @@ def class_moments(
     Raises:
         DataError: no samples, NaN or inf, labels outside the classes, another number of labels than samples.
     """
-    classes = _checked_labels(H, y, num_classes)
+    classes, y = _checked_labels(H, y, num_classes), y.long()  # an index of bytes would be a mask
     counts = torch.bincount(y, minlength=classes)
     sums = H.new_zeros(classes, H.shape[1], dtype=torch.float64)
     for rows in blocks(len(H), H.shape[1]):
@@ -121,7 +121,7 @@ def variance_along(
 
     From a pooled covariance the same is `((directions @ covariance) * directions).sum(-1)`.
     """
-    total = directions.new_zeros(len(directions))
+    total, y = directions.new_zeros(len(directions)), y.long()
     for rows in blocks(len(H), H.shape[1]):
         total = total + ((H[rows].double() - means[y[rows]]) @ directions.T).square().sum(0)
     return total / len(H)

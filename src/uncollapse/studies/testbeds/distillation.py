@@ -26,7 +26,11 @@ Backward: TypeAlias = Callable[[Tensor, Tensor, Tensor], object]
 
 @dataclass(frozen=True)
 class Setting:
-    """The world, both networks and how long they learn. Rows, steps and sizes are counts."""
+    """The world, both networks and how long they learn. Rows, steps and sizes are counts.
+
+    Calibrated on seeds from 100 on, with cross-entropy alone: noise and student so that the teacher has the better by 5 points and
+    more (Bayes 0.78, teacher 0.72, students 0.34 and 0.63); learning rates and decay by accuracy on the validation rows.
+    """
 
     branching: tuple[int, ...] = (5, 5, 4)
     scales: tuple[float, ...] = (1.0, 0.7, 0.5)
@@ -45,6 +49,13 @@ class Setting:
     lr: float = 3e-2
     decay: float = 0.0
     batch: int = 256
+
+
+LINEAR = Setting()
+"""A linear student with a neck of 8, which cannot separate the classes: what the teacher knows has to be given up somewhere."""
+
+MLP = Setting(student_hidden=(128,), neck=16, decay=0.1)
+"""A student that could nearly do it but overfits."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""`uncollapse inspect`: what the attention, features, classes and weights of a model are like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uncollapse.cli.bar import Bar
+from uncollapse.cli.catalogue import AsJson
+from uncollapse.cli.output import as_json, note, say, table
+from uncollapse.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from uncollapse.inspection import Inspection
+
+_COLUMNS = ("text", "prompt", "content", "question", "sentence")
+_LABELS = ("label", "labels", "class")
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def inspect(
+    model: str = "smollm2-135m",
+    /,
+    *,
+    data: str | None = None,
+    column: str | None = None,
+    label: str | None = None,
+    tokens: int = 8192,
+    length: int = 256,
+    batch: int = 4,
+    attention: str | None = None,
+    weights: bool = True,
+    html: Path | None = None,
+    json_: AsJson = False,
+) -> None:
+    """Look into a model: attention entropy per head, spread of features, neural collapse at the head, spectra of weights.
+
+    Works for any causal language model or text classifier of Hugging Face, with eager, SDPA or flash attention: entropies are
+    recomputed from queries and keys, a few rows at a time. From Python, for any torch model: `with uncollapse.watch(model):`.
+
+    Examples: `uncollapse inspect smollm2-135m --html page.html`; `uncollapse inspect ./checkpoint-500 --data corpus.jsonl`;
+    `uncollapse inspect ./classifier --data test.csv --label label --json`.
+
+    Parameters
+    ----------
+    model
+        A name (`tiny`, `smollm2-135m`), a directory that `save_pretrained` wrote, or a Hub id.
+    data
+        What the model reads: a text file, CSV, JSONL or Parquet, or a data set of the Hub as NAME or NAME:SPLIT. By default the
+        sources of Python's standard library, which every machine has.
+    column
+        The column with the text (default: the first of text, prompt, content, question, sentence).
+    label
+        The column with the class, for classifiers (default: label, labels or class).
+    tokens
+        Tokens that a language model reads; for classifiers, texts of this many tokens at most in all.
+    length
+        Tokens of a row.
+    batch
+        Rows of a forward pass.
+    attention
+        Implementation to load the model with: eager, sdpa, flash_attention_2 (default: the model's own).
+    weights
+        Compute the spectra of the weights too; seconds for a hundred million of them.
+    html
+        Write a page with figures to this file.
+    """
+    from uncollapse.integrations.inspecting import inspect_labelled, inspect_text
+
+    loaded, tokenizer, classifies = _load(model, attention)
+    texts, labels, source = _texts(data, column, label, classifies)
+    options: dict[str, Any] = {"length": length, "batch": batch, "weights": weights}
+    with Bar("tokens" if not classifies else "texts") as progress:
+        if classifies:
+            kept = max(1, tokens // length)
+            found = inspect_labelled(
+                loaded, tokenizer, texts[:kept], labels[:kept], progress=progress, **options
+            )
+        else:
+            found = inspect_text(loaded, tokenizer, texts, tokens=tokens, progress=progress, **options)
+    if json_:
+        as_json(
+            {
+                "schema": 1,
+                "model": model,
+                "data": source,
+                "scalars": _finite(found),
+                "absent": dict(found.absent),
+            }
+        )
+    else:
+        _print(found, model, source)
+    if html is not None:
+        from uncollapse.report import inspection
+
+        note(f"page: {inspection.write(html, found, source=source)}")
+
+
+def _load(model: str, attention: str | None) -> tuple[Any, Any, bool]:
+    from uncollapse.models import is_classifier, load, load_classifier
+
+    classifies = is_classifier(model)
+    loaded, tokenizer = load_classifier(model) if classifies else load(model)
+    if attention is not None:
+        try:
+            loaded.set_attn_implementation(attention)
+        except (ImportError, ValueError, KeyError) as error:
+            raise ConfigError(f"--attention {attention}: {' '.join(str(error).split())[:160]}") from error
+    return loaded, tokenizer, classifies
+
+
+def _texts(
+    data: str | None, column: str | None, label: str | None, classifies: bool
+) -> tuple[list[str], list[int], str]:
+    """Texts, their classes where the model has some, and what to call them."""
+    if data is None:
+        if classifies:
+            raise ConfigError("a classifier needs labelled texts; give them with --data FILE")
+        from uncollapse.studies.testbeds.text import source_files
+
+        sources = [path.read_text(encoding="utf-8", errors="replace") for path in source_files()]
+        return [text for text in sources if text], [], "sources of Python's standard library"
+    path = Path(data).expanduser()
+    if path.is_file() and path.suffix.lower() not in _FORMATS:
+        if classifies:
+            raise ConfigError(f"{path}: a classifier needs labelled texts, as CSV, JSONL or Parquet")
+        return [path.read_text(encoding="utf-8", errors="replace")], [], path.name
+    rows = _rows(data, path)
+    name = _column(rows, column, _COLUMNS, "--column")
+    texts = [str(text) for text in rows[name] if text is not None]
+    labels = []
+    if classifies:
+        values = rows[_column(rows, label, _LABELS, "--label")]
+        if not all(isinstance(value, int) and value >= 0 for value in values):
+            raise DataError(f"{data}: classes have to be numbers from 0; map them as the model's config does")
+        texts, labels = [str(text) for text in rows[name]], list(values)
+    return texts, labels, data
+
+
+def _rows(data: str, path: Path) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    name, _, split = data.partition(":")
+    try:
+        if path.is_file():
+            kind = _FORMATS[path.suffix.lower()]
+            return datasets.load_dataset(kind, data_files=str(path), split="train")
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # pyarrow, pandas and the Hub each raise kinds of their own
+        raise DataError(
+            f"{data}: neither a file nor a data set that can be read: {' '.join(str(error).split())[:160]}"
+        ) from error
+
+
+def _column(rows: Any, given: str | None, usual: Sequence[str], option: str) -> str:
+    names = list(rows.column_names)
+    found = (
+        given
+        if given in names
+        else next((name for name in usual if name in names), None)
+        if given is None
+        else None
+    )
+    if found is None:
+        raise ConfigError(
+            f"no column {given or ' or '.join(usual)}; name one of {', '.join(names)} with {option}"
+        )
+    return found
+
+
+def _print(found: Inspection, model: str, source: str) -> None:
+    from uncollapse.report.inspection import headline, key_figures
+
+    say(f"{headline(found)} ({model}, {source})")
+    say("")
+    table(["", ""], list(key_figures(found).items()))
+    if found.heads:
+        say("")
+        _print_layers(found)
+    for what, reason in found.absent.items():
+        note(f"{what}: {reason}")
+
+
+def _print_layers(found: Inspection) -> None:
+    rows = []
+    for layer, one in found.heads.items():
+        kinds = [f"{int(getattr(one, kind).sum())} {kind}" for kind in ("collapsed", "sink", "uniform")]
+        told = ", ".join(kind for kind in kinds if not kind.startswith("0 "))
+        norm = found.logit_norms.get(layer)
+        numbers = [float(one.normalized.nanmean()), float(one.normalized.amin()), float(one.first.nanmean())]
+        cells = [f"{number:.3f}" for number in numbers] + [
+            "-" if norm is None else f"{float(norm.amax()):.3g}"
+        ]
+        rows.append([layer, *cells, told])
+    table(["layer", "entropy / uniform", "lowest head", "first key", "logit norm", "heads"], rows)
+
+
+def _finite(found: Inspection) -> dict[str, float | None]:
+    return {name: value if value == value else None for name, value in found.scalars(by_layer=True).items()}

@@ -1,0 +1,211 @@
+"""Attention entropy per head and layer of a running model, streamed over any number of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from uncollapse.errors import ConfigError
+from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, attention_calls
+from uncollapse.measure.attention import AttentionRows, KeyMask
+
+COLLAPSED = 0.05
+"""Normalised entropy below which a head has collapsed: of the spread it could have, a twentieth."""
+
+SINK = 0.5
+"""Mean probability of the first key from which a head rests on it, which is usual and no collapse."""
+
+UNIFORM = 0.95
+"""Normalised entropy above which a head hardly prefers any key."""
+
+
+@dataclass(frozen=True)
+class HeadStatistics:
+    """The heads of one layer, each attribute of shape (head,); entropies in nats over rows that are no padding.
+
+    Attributes:
+        entropy: mean entropy of a row.
+        normalized: mean of entropy over ln(allowed keys), 0 to 1, rows that see one key left out.
+        lowest: smallest normalised entropy of a row.
+        peak: mean largest probability.
+        first: mean probability of the first key, rows that see one key left out.
+        rows: rows counted.
+    """
+
+    entropy: Float[Tensor, " head"]
+    normalized: Float[Tensor, " head"]
+    lowest: Float[Tensor, " head"]
+    peak: Float[Tensor, " head"]
+    first: Float[Tensor, " head"]
+    rows: Float[Tensor, " head"]
+
+    @property
+    def sink(self) -> Bool[Tensor, " head"]:
+        """Heads that rest on the first key, an attention sink: low entropy there is usual."""
+        return self.first >= SINK
+
+    @property
+    def collapsed(self) -> Bool[Tensor, " head"]:
+        """Heads whose rows are nearly one-hot, and not on the first key."""
+        return (self.normalized < COLLAPSED) & ~self.sink
+
+    @property
+    def uniform(self) -> Bool[Tensor, " head"]:
+        """Heads that hardly prefer any key."""
+        return self.normalized > UNIFORM
+
+
+class AttentionTally:
+    """Sums over attention rows, by layer; means at any time. Holds a few numbers per head and no attention."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Float[Tensor, "sum head"]] = {}
+        self._lowest: dict[str, Float[Tensor, " head"]] = {}
+        self._masks = _Masks()
+
+    def add_call(self, call: AttentionCall, mask: Bool[Tensor, "batch query"] | None = None) -> None:
+        """Count the rows of a call."""
+        self.add(call.layer, call.rows(self._masks.read(call)), mask)
+
+    def add(self, layer: str, rows: AttentionRows, mask: Bool[Tensor, "batch query"] | None = None) -> None:
+        """Count the rows of a layer; queries outside the mask are padding."""
+        counted = rows.allowed >= 1
+        if mask is not None:
+            counted = counted & mask[:, None]
+        spread = counted & (rows.allowed >= 2)
+        normalized = rows.normalized
+
+        def total(values: Tensor, where: Tensor) -> Tensor:
+            return torch.where(where, values, 0).sum(dim=(0, 2), dtype=torch.float64)
+
+        ones = torch.ones_like(rows.entropy)
+        sums = torch.stack(
+            [
+                total(rows.entropy, counted), total(rows.peak, counted), total(ones, counted),
+                total(normalized, spread), total(rows.first, spread), total(ones, spread),
+            ]
+        )  # fmt: skip
+        lowest = torch.where(spread, normalized, torch.inf).amin(dim=(0, 2))
+        if layer in self._sums:
+            self._sums[layer] += sums
+            self._lowest[layer] = torch.minimum(self._lowest[layer], lowest)
+        else:
+            self._sums[layer], self._lowest[layer] = sums, lowest
+
+    @property
+    def layers(self) -> Mapping[str, HeadStatistics]:
+        """Statistics of every layer seen, in the order of their first call; NaN for heads without a row."""
+        found = {}
+        for layer, (entropy, peak, rows, normalized, first, spread) in self._sums.items():
+            found[layer] = HeadStatistics(
+                entropy=entropy / rows,
+                normalized=normalized / spread,
+                lowest=self._lowest[layer].masked_fill(spread == 0, torch.nan),
+                peak=peak / rows,
+                first=first / spread,
+                rows=rows,
+            )
+        return found
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._sums.clear()
+        self._lowest.clear()
+        self._masks = _Masks()
+
+
+class _Masks:
+    """The last few masks that were read: layers of a forward pass share one, or one for each kind of layer."""
+
+    kept = 2
+
+    def __init__(self) -> None:
+        self._read: list[tuple[Tensor | None, tuple[int, int, bool], KeyMask]] = []
+
+    def read(self, call: AttentionCall) -> KeyMask:
+        """The call's mask; the very same tensor is read once."""
+        size = (call.query.shape[-2], call.key.shape[-2], call.causal)
+        for mask, of_size, found in self._read:
+            if mask is call.mask and of_size == size:
+                return found
+        found = call.key_mask()
+        self._read = [(call.mask, size, found), *self._read[: self.kept - 1]]
+        return found
+
+
+@contextmanager
+def attention_statistics(model: nn.Module) -> Iterator[AttentionTally]:
+    """Watch every attention of `model` within the context; padding is left out where the model is given its mask.
+
+    Raises:
+        ConfigError: on leaving, if forward passes ran and no attention was seen; says what was looked for.
+    """
+    tally = AttentionTally()
+    padding = PaddingMask()
+    ran = False
+
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal ran
+        ran = True
+        padding.read(kwargs)
+
+    def seen(call: AttentionCall) -> None:
+        tally.add_call(call, padding.queries(call.query))
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with attention_calls(model, seen):
+            yield tally
+    finally:
+        handle.remove()
+    if ran and not tally.layers:
+        raise no_attention(model)
+
+
+class PaddingMask:
+    """Which tokens of the forward pass are none, from the argument `attention_mask` of the model."""
+
+    def __init__(self) -> None:
+        self.tokens: Bool[Tensor, "batch token"] | None = None
+
+    def read(self, kwargs: Mapping[str, object]) -> None:
+        """Take the mask of a call, if it has one of two axes."""
+        mask = kwargs.get("attention_mask")
+        self.tokens = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def queries(self, query: Float[Tensor, "batch head query feature"]) -> Bool[Tensor, "batch query"] | None:
+        """The mask of these queries: the last ones of the tokens, or None if it is of another shape."""
+        tokens = self.tokens
+        if tokens is None or tokens.shape[0] != query.shape[0] or tokens.shape[1] < query.shape[2]:
+            return None
+        return tokens[:, tokens.shape[1] - query.shape[2] :]
+
+
+def no_attention(model: nn.Module) -> ConfigError:
+    """What to say of a model in which no attention was seen."""
+    return ConfigError(
+        f"no attention was seen in {type(model).__name__}; looked for " + "; ".join(LOOKED_FOR)
+    )
+
+
+def head_table(layers: Mapping[str, HeadStatistics]) -> dict[str, Float[Tensor, "layer head"]]:
+    """Every statistic as one matrix of layers and heads, NaN where a layer has fewer heads than others."""
+    most = max((len(one.entropy) for one in layers.values()), default=0)
+    return {
+        field.name: torch.stack(
+            [
+                torch.nn.functional.pad(
+                    getattr(one, field.name), (0, most - len(one.entropy)), value=torch.nan
+                )
+                for one in layers.values()
+            ]
+        )
+        if layers
+        else torch.empty(0, 0)
+        for field in fields(HeadStatistics)
+    }

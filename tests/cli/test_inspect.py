@@ -1,0 +1,106 @@
+"""`uncollapse inspect` on small models and odd input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from uncollapse.cli import main
+
+
+def test_the_packaged_model_with_a_page(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["inspect", "tiny", "--tokens", "128", "--length", "32", "--html", str(page)]) == 0
+    out = capsys.readouterr()
+    assert "head" in out.out
+    assert "model.layers.1.self_attn" in out.out
+    assert "page:" in out.err
+    html = page.read_text()
+    assert "The sharpest heads" in html
+    assert "Classes at the head" in html
+    assert "embed_tokens" in html
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_json_of_a_text_file_is_the_same_with_any_kernel(tmp_path, capsys, attention):
+    text = tmp_path / "text.txt"
+    text.write_text("the sum of 1 2 3 is 6. " * 40)
+    command = [
+        "inspect",
+        "tiny",
+        "--data",
+        str(text),
+        "--tokens",
+        "96",
+        "--length",
+        "32",
+        "--no-weights",
+        "--json",
+    ]
+    assert main([*command, "--attention", attention]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"] == "text.txt"
+    assert 0 < found["scalars"]["attention/normalized/mean"] < 1
+    assert "weights/spectral_norm/max" not in found["scalars"]
+    if attention == "sdpa":
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["scalars"] == pytest.approx(
+            found["scalars"], rel=1e-4, nan_ok=True
+        )
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    directory = tmp_path / "classifier"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(directory)
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(directory)
+    return directory
+
+
+def test_a_text_classifier_with_labels(tmp_path, capsys, classifier):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"text": text, "label": i % 2}) + "\n"
+            for i, text in enumerate(["good film", "bad"] * 6)
+        )
+    )
+    assert main(["inspect", str(classifier), "--data", str(rows), "--length", "8", "--json"]) == 0
+    scalars = json.loads(capsys.readouterr().out)["scalars"]
+    assert scalars["nc/classes"] == 2
+    assert scalars["nc/nc2_equiangular_means"] == pytest.approx(
+        0, abs=1e-6
+    )  # two classes always face each other
+    assert main(["inspect", str(classifier)]) == 2
+    assert "labelled" in capsys.readouterr().err
+    rows.write_text(json.dumps({"text": "good", "label": "yes"}) + "\n")
+    assert main(["inspect", str(classifier), "--data", str(rows)]) == 2
+    assert "numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tokens", "4", "--length", "8"], "tokens >= length"),
+        (["--data", "{}/no-such.csv"], "neither a file nor a data set"),
+        (["--data", "{}/short.txt"], "2 tokens"),
+        (["--data", "{}/rows.csv", "--column", "words"], "no column words"),
+        (["--attention", "no_such_kernel"], "--attention no_such_kernel"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, capsys, options, said):
+    (tmp_path / "short.txt").write_text("ab")
+    (tmp_path / "rows.csv").write_text("text,other\nabc,1\n")
+    assert main(["inspect", "tiny", *(option.format(tmp_path) for option in options)]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err

@@ -1,0 +1,153 @@
+"""Features, classes, weights and everything together."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import uncollapse
+from uncollapse.errors import ConfigError, DataError
+from uncollapse.inspection.features import blocks_of, head_inputs, head_of
+from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
+from uncollapse.measure.class_statistics import StreamingNC
+from uncollapse.measure.neural_collapse import nc_metrics
+from uncollapse.measure.spectra import effective_rank, singular_values
+
+
+@pytest.fixture
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, vocab_size=40, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def tokens(seed: int = 0, rows: int = 3, length: int = 9) -> torch.Tensor:
+    return torch.randint(0, 40, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_batches_with_padding_are_as_one_pass_over_what_is_no_padding(llama):
+    ids, mask = tokens(), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    with uncollapse.watch(llama) as seen:
+        llama(input_ids=ids[:2], attention_mask=mask[:2])
+        llama(input_ids=ids[2:], attention_mask=mask[2:])
+    found = seen.result()
+    hidden = llama.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    kept = (mask[:, 1:] & mask[:, :-1]).bool()
+    features, classes = hidden.last_hidden_state[:, :-1][kept], ids[:, 1:][kept]
+    expected = StreamingNC(40, 24).update(features, classes).compute(W=llama.lm_head.weight)
+    assert found.collapse.samples == expected.samples == int(kept.sum())
+    for name, value in expected.values.items():
+        assert found.collapse[name] == pytest.approx(value, rel=1e-4, nan_ok=True), name
+    assert found.frames.metrics()["nc2_etf_means"] == pytest.approx(
+        nc_metrics(features, classes, llama.lm_head.weight.detach()).nc2_etf_means, rel=1e-4
+    )
+    assert list(found.blocks) == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    second = hidden.hidden_states[2][mask.bool()].double()
+    rank = float(effective_rank(singular_values(second - second.mean(0))))
+    assert found.blocks["model.layers.1"].effective_rank == pytest.approx(rank, rel=1e-4)
+    assert found.blocks["model.layers.1"].rows == int(mask.sum())
+    assert len(found.heads) == 3
+    assert not found.absent
+    numbers = found.scalars(by_layer=True)
+    assert numbers["features/effective_rank/model.layers.1"] == pytest.approx(rank, rel=1e-4)
+    assert all(isinstance(value, float) for value in numbers.values())
+
+
+@torch.no_grad()
+def test_watching_again_goes_on_and_clear_begins_anew(llama):
+    seen = uncollapse.watch(llama)
+    for _ in range(2):
+        with seen:
+            llama(input_ids=tokens())
+    assert seen.result().collapse.samples == 2 * 3 * 8
+    seen.clear()
+    assert seen.result().collapse is None
+    assert "attention" in seen.result().absent
+    with seen, pytest.raises(ConfigError, match="watched already"):
+        seen.__enter__()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+
+
+@torch.no_grad()
+def test_a_classifier_without_attention():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    images, classes = torch.rand(30, 1, 8, 8), torch.arange(30) % 3
+    with uncollapse.watch(model, classes=lambda: classes) as seen:
+        model(images)
+    found = seen.result(weights=True)
+    features = model[:3](images)
+    assert found.frames.nc1_quotient == pytest.approx(
+        nc_metrics(features, classes, num_classes=10).nc1_quotient
+    )
+    assert found.frames.unseen == 7
+    assert "MultiheadAttention" in found.absent["attention"]
+    assert [one.name for one in found.weights] == ["0.weight", "3.weight"]
+    assert found.weights[0].shape == (4, 9)
+    assert found.weights[1].spectral_norm == pytest.approx(
+        float(torch.linalg.matrix_norm(model[3].weight, 2)), rel=1e-5
+    )
+    with uncollapse.watch(model) as blind:
+        model(images)
+    assert "labels=" in blind.result().absent["classes"]
+
+
+def test_labels_of_a_call_and_ignored_ones():
+    head, kept = nn.Linear(4, 3), []
+    model = nn.Sequential(head)
+    given = torch.tensor([0, -100, 2, 1])
+    with head_inputs(model, lambda h, y: kept.append((h, y)), classes=lambda: given):
+        model(torch.randn(4, 4))
+    assert kept[0][1].tolist() == [0, 2, 1]
+    assert kept[0][0].shape == (3, 4)
+
+
+def test_where_the_head_and_the_blocks_are(llama):
+    assert head_of(llama) is llama.lm_head
+    assert head_of(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))).out_features == 4
+    with pytest.raises(ConfigError, match="get_output_embeddings"):
+        head_of(nn.ReLU())
+    assert list(blocks_of(llama)) == [f"model.layers.{i}" for i in range(3)]
+    assert blocks_of(nn.Linear(2, 2)) == {}
+
+
+@torch.no_grad()
+def test_the_norm_of_the_logit_map(llama):
+    found = attention_logit_norms(llama)
+    attention = llama.model.layers[1].self_attn
+    q = attention.q_proj.weight.reshape(4, 6, 24).double()
+    k = attention.k_proj.weight.reshape(2, 6, 24).double().repeat_interleave(2, 0)
+    expected = torch.linalg.matrix_norm(q.mT @ k, 2) / math.sqrt(6)
+    torch.testing.assert_close(found["model.layers.1.self_attn"], expected)
+    heads = nn.MultiheadAttention(8, 2)
+    w_q, w_k, _ = heads.in_proj_weight.reshape(3, 2, 4, 8).double()
+    torch.testing.assert_close(
+        attention_logit_norms(heads)[""], torch.linalg.matrix_norm(w_q.mT @ w_k, 2) / 2
+    )
+
+
+def test_spectra_of_long_and_of_broken_weights(llama):
+    tall = nn.Embedding(200, 6)
+    (one,) = weight_spectra(tall)
+    assert one.effective_rank == pytest.approx(
+        float(effective_rank(singular_values(tall.weight.detach()))), rel=1e-5
+    )
+    tied = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    tied[1].weight = tied[0].weight
+    assert len(weight_spectra(tied)) == 1
+    with torch.no_grad():
+        llama.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(DataError, match=r"lm_head\.weight"):
+        weight_spectra(llama)
+    with torch.no_grad(), uncollapse.watch(llama) as seen:
+        llama(input_ids=tokens())
+    assert "nc3/cosine/mean" not in seen.scalars()

@@ -1,0 +1,61 @@
+"""Scalars of a watched model in the log of a trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from uncollapse.errors import ConfigError
+from uncollapse.integrations.watch_callback import WatchCallback
+
+
+class Logger(TrainerCallback):
+    """Stands where TensorBoard does."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.rows.append(dict(logs))
+
+
+def trainer(tmp_path, logger: Logger) -> Trainer:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=20
+    )
+    rows = [
+        {"input_ids": torch.randint(0, 20, (8,)), "labels": torch.randint(0, 20, (8,))} for _ in range(16)
+    ]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=5, per_device_train_batch_size=4, logging_steps=100, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    return Trainer(LlamaForCausalLM(config), args, train_dataset=rows, callbacks=[logger])
+
+
+def test_every_second_step_is_logged_before_the_loggers_read(tmp_path):
+    logger = Logger()
+    built = trainer(tmp_path, logger)
+    callback = WatchCallback(every=2, by_layer=True).attach(built)
+    built.train()
+    names = ("attention/normalized/mean", "features/effective_rank/last", "nc1/cdnv/mean")
+    seen = [row for row in logger.rows if names[0] in row]
+    assert len(seen) == 3
+    assert all(0 < row["attention/normalized/mean"] <= 1 for row in seen)
+    assert all(name in row for row in seen for name in names)
+    assert any(name.startswith("attention/normalized/model.layers.1") for name in seen[0])
+    assert next(row for row in built.state.log_history if names[0] in row)[names[1]] == seen[0][names[1]]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in built.model.modules())
+    assert callback.every == 2
+
+
+def test_hooks_go_when_training_breaks_off(tmp_path):
+    built = trainer(tmp_path, Logger())
+    callback = WatchCallback(every=1).attach(built)
+    callback.on_step_begin(built.args, built.state, built.control, model=built.model)
+    callback.on_train_end(built.args, built.state, built.control)
+    assert not any(module._forward_pre_hooks for module in built.model.modules())
+    with pytest.raises(ConfigError, match="every"):
+        WatchCallback(every=0)

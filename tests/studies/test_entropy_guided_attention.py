@@ -1,0 +1,126 @@
+"""The entropy-guided-attention study in small: it measures what it says, and runs end to end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from uncollapse.attention.entropy_guided_attention import ARCHITECTURES, ReducedDecoder
+from uncollapse.studies.claims import Verdict
+from uncollapse.studies.entropy_guided_attention import DRAWN, STUDY, experiment
+from uncollapse.studies.entropy_guided_attention.experiment import (
+    ARMS,
+    PAIRS,
+    QUICK,
+    Arm,
+    ends,
+    look,
+    next_byte_loss,
+    summarize,
+    train,
+    windows,
+)
+from uncollapse.studies.study import run_study, study
+
+SMALL = replace(QUICK, steps=2, seeds=2)
+
+
+def test_arms_are_of_the_papers_architectures_and_compared_ones_exist() -> None:
+    assert {arm.architecture for arm in ARMS.values()} <= set(ARCHITECTURES)
+    assert {name for pair in PAIRS for name in pair} | set(DRAWN) <= set(ARMS)
+
+
+def test_windows_are_pieces_of_the_text() -> None:
+    data = torch.arange(100)
+    rows = windows(data, 5, 7, torch.Generator().manual_seed(0))
+    assert torch.equal(rows, rows[:, :1] + torch.arange(7))
+
+
+def test_an_untrained_decoder_guesses_and_attends_uniformly() -> None:
+    model = ReducedDecoder("SM", vocab=256, width=16, layers=2, heads=2, context=16)
+    rows = torch.randint(0, 256, (4, 17))
+    loss, seen = look(model, rows)
+    assert loss == pytest.approx(math.log(256), abs=0.05)
+    assert loss == pytest.approx(next_byte_loss(model, rows).item())
+    assert seen is not None
+    assert seen.entropy.shape == (2, 2)
+    torch.testing.assert_close(seen.entropy.mean().item(), math.lgamma(17) / 16, atol=1e-3, rtol=0)
+    assert model.training
+    with torch.no_grad():
+        model.token.weight.fill_(math.nan)
+    broken, nothing = look(model, rows)
+    assert math.isnan(broken)
+    assert nothing is None
+
+
+@pytest.mark.parametrize("name", ["SM+LN+G", "EReg", "EReg-frozen"])
+def test_a_run_is_told_and_repeats(name: str) -> None:
+    run = train(ARMS[name], 0, SMALL)
+    assert run == train(ARMS[name], 0, SMALL)
+    assert run["step"] == [0, 1, 2]
+    assert run["loss"][-1] < run["loss"][0]
+    assert run["diverged"] == 0.0
+    assert all(sum(bins) == pytest.approx(1) for bins in run["bins"].values())
+    assert len(run["layers"]) == SMALL.layers
+    assert min(run["layers"]) == pytest.approx(run["lowest_layer"][-1])
+    if name == "SM+LN+G":
+        assert run["theta"] is run["temperature"] is None
+    elif name == "EReg-frozen":
+        assert run["theta"] == pytest.approx([0.4] * 3)
+    else:
+        assert run["theta"] != pytest.approx([0.5] * 3, abs=1e-9)
+        assert run["temperature"] == pytest.approx([1.0] * 3, abs=0.02)
+
+
+def test_a_run_that_diverges_is_counted_and_keeps_its_last_look() -> None:
+    run = train(Arm("SM"), 0, replace(SMALL, lr=1e30))
+    assert run["diverged"] == 1.0
+    assert run["step"] == [0]
+    assert ends(run)["loss"] == math.inf
+
+
+def faked(loss: float, lowest: float, overload: float, *, diverged: bool = False) -> experiment.Run:
+    bins = [0.0, 0.0, 1 - overload, overload]
+    return {
+        "step": [0], "loss": [loss], "lowest_layer": [lowest], "diverged": float(diverged), "sink": 0.0, "layers": [lowest],
+        "bins": {"max_observed": bins, "log_T": bins, "causal": bins}, "theta": None, "temperature": None,
+    }  # fmt: skip
+
+
+def test_verdicts_follow_the_numbers() -> None:
+    claims = {claim.id: claim for claim in STUDY.claims}
+
+    def verdicts(**changed: experiment.Run) -> dict[str, Verdict]:
+        runs = {arm: [faked(2.0, 2.0, 0.5)] * 3 for arm in ARMS}
+        runs |= {arm.replace("SM_t", "SM(t)+ScFuFFN"): [run] * 3 for arm, run in changed.items()}
+        found = summarize(runs, (0, 1, 2))
+        return {name: claim.judge(found) for name, claim in claims.items()}
+
+    same = verdicts()
+    assert same["a-collapse"] is Verdict.not_reproduced
+    assert same["b-scaled-ffn"] is Verdict.reproduced
+    assert same["c-overload"] is Verdict.not_reproduced
+    assert same["d-loss"] is Verdict.reproduced
+    assert verdicts(SM=faked(2.3, 1.0, 0.5))["a-collapse"] is Verdict.reproduced
+    assert verdicts(SM=faked(9.9, 1.0, 0.5, diverged=True))["a-collapse"] is Verdict.reproduced
+    assert verdicts(SM=faked(2.3, 2.1, 0.5))["a-collapse"] is Verdict.not_reproduced
+    assert verdicts(EReg=faked(2.0, 2.0, 0.3))["c-overload"] is Verdict.reproduced
+    assert verdicts(EReg=faked(2.02, 2.0, 0.3))["d-loss"] is Verdict.not_reproduced
+
+
+def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "QUICK", SMALL)
+    outcome = run_study(
+        study("entropy-guided-attention"), quick=True, output=tmp_path, work=tmp_path / "work"
+    )
+    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
+    assert outcome.figure is not None
+    assert outcome.figure.read_text().startswith("<?xml")
+    known = set(outcome.measurements.estimates)
+    for claim in STUDY.claims:
+        assert {bound.statistic for bound in claim.criterion.bounds} | {claim.effect} <= known
+    assert {s for o in STUDY.observations for s in o.statistics} <= known
