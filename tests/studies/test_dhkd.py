@@ -9,7 +9,18 @@ import torch
 
 from uncollapse.representation.dhkd import binary_kl_norm_loss
 from uncollapse.studies.dhkd import STUDY
-from uncollapse.studies.dhkd.experiment import (
+from uncollapse.studies.dhkd.calibration import (
+    CALIBRATED,
+    LADDER,
+    RATES,
+    SCORES,
+    SEEDS,
+    START,
+    calibrate,
+    climb,
+)
+from uncollapse.studies.dhkd.experiment import FIRST_SEED
+from uncollapse.studies.dhkd.students import (
     ARMS,
     NAMES,
     QUICK,
@@ -77,6 +88,30 @@ def test_squared_error_is_half_the_limit_of_the_logit_level_losses() -> None:
     torch.testing.assert_close(
         squared_error(a, t, 2.0, reduction="batch_mean", mask=None), expected, rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("peak", LADDER)
+def test_the_best_rate_is_found_from_the_start(peak: float) -> None:
+    scores = climb(lambda rate: -float(abs(LADDER.index(rate) - LADDER.index(peak))))
+    assert max(scores, key=lambda rate: scores[rate]) == peak
+    assert set(START) <= set(scores)
+    assert list(scores) == sorted(scores)
+
+
+def test_every_arm_has_the_best_of_its_rates() -> None:
+    assert set(RATES) == set(NAMES)
+    assert RATES["detached"] == RATES["ce"]
+    assert tuple(SCORES) == CALIBRATED
+    for name, scores in SCORES.items():
+        assert climb(scores.__getitem__) == scores
+        assert scores[RATES[name]] == max(scores.values())
+
+
+def test_the_calibration_looks_at_validation_rows_of_its_own_seeds() -> None:
+    ((name, scores),) = calibrate(("ce",), QUICK)
+    assert name == "ce"
+    assert all(0 <= score <= 1 for score in scores.values())
+    assert set(SEEDS).isdisjoint(range(FIRST_SEED, FIRST_SEED + Size().seeds))
 
 
 def test_the_study_runs_end_to_end(tmp_path: Path) -> None:
