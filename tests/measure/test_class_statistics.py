@@ -45,7 +45,7 @@ def test_any_order_split_and_merge_is_two_passes(cuts, seed, shards, block):
     pieces = torch.tensor_split(order, sorted(cuts))
     parts = [StreamingNC(30, 6, pooled_cov=True) for _ in range(shards)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("uncollapse.measure.class_geometry.BLOCK_ELEMENTS", block)
+        patch.setattr("uncollapse.measure._blocks.BLOCK_ELEMENTS", block)
         for i, piece in enumerate(pieces):
             parts[i % shards].update(h[piece], y[piece])
         merged = parts[0]

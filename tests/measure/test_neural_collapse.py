@@ -308,11 +308,10 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from uncollapse.measure.neural_collapse import moments
 
     H, y, W, b = data(5)
     whole = nc.nc_metrics(H, y, W, b)
-    monkeypatch.setattr(moments, "_BLOCK_ELEMENTS", 9)
+    monkeypatch.setattr("uncollapse.measure._blocks.BLOCK_ELEMENTS", 9)
     assert nc.nc_metrics(H, y, W, b).metrics() == pytest.approx(whole.metrics(), rel=1e-10, abs=1e-12)
 
 

@@ -156,18 +156,11 @@ def _rows(data: str, path: Path) -> Any:
 
 def _column(rows: Any, given: str | None, usual: Sequence[str], option: str) -> str:
     names = list(rows.column_names)
-    found = (
-        given
-        if given in names
-        else next((name for name in usual if name in names), None)
-        if given is None
-        else None
-    )
-    if found is None:
-        raise ConfigError(
-            f"no column {given or ' or '.join(usual)}; name one of {', '.join(names)} with {option}"
-        )
-    return found
+    wanted = usual if given is None else (given,)
+    for name in wanted:
+        if name in names:
+            return name
+    raise ConfigError(f"no column {' or '.join(wanted)}; name one of {', '.join(names)} with {option}")
 
 
 def _print(found: Inspection, model: str, source: str) -> None:

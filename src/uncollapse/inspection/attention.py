@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
-from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, attention_calls
-from uncollapse.measure.attention import AttentionRows, KeyMask
+from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, KeyMasks, attention_calls
+from uncollapse.measure.attention import AttentionRows
 
 COLLAPSED = 0.05
 """Normalised entropy below which a head has collapsed: of the spread it could have, a twentieth."""
@@ -60,13 +60,22 @@ class HeadStatistics:
         return self.normalized > UNIFORM
 
 
+def marked_heads(layers: Mapping[str, HeadStatistics]) -> dict[str, Bool[Tensor, " head"]]:
+    """Which heads are `collapsed`, `sink` or `uniform`, those of all layers in a row; empty tensors for no layer."""
+    none = torch.empty(0, dtype=torch.bool)
+    return {
+        kind: torch.cat([getattr(one, kind) for one in layers.values()]) if layers else none
+        for kind in ("collapsed", "sink", "uniform")
+    }
+
+
 class AttentionTally:
     """Sums over attention rows, by layer; means at any time. Holds a few numbers per head and no attention."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Float[Tensor, "sum head"]] = {}
         self._lowest: dict[str, Float[Tensor, " head"]] = {}
-        self._masks = _Masks()
+        self._masks = KeyMasks()
 
     def add_call(self, call: AttentionCall, mask: Bool[Tensor, "batch query"] | None = None) -> None:
         """Count the rows of a call."""
@@ -116,26 +125,7 @@ class AttentionTally:
         """Forget what was counted."""
         self._sums.clear()
         self._lowest.clear()
-        self._masks = _Masks()
-
-
-class _Masks:
-    """The last few masks that were read: layers of a forward pass share one, or one for each kind of layer."""
-
-    kept = 2
-
-    def __init__(self) -> None:
-        self._read: list[tuple[Tensor | None, tuple[int, int, bool], KeyMask]] = []
-
-    def read(self, call: AttentionCall) -> KeyMask:
-        """The call's mask; the very same tensor is read once."""
-        size = (call.query.shape[-2], call.key.shape[-2], call.causal)
-        for mask, of_size, found in self._read:
-            if mask is call.mask and of_size == size:
-                return found
-        found = call.key_mask()
-        self._read = [(call.mask, size, found), *self._read[: self.kept - 1]]
-        return found
+        self._masks = KeyMasks()
 
 
 @contextmanager
@@ -146,25 +136,21 @@ def attention_statistics(model: nn.Module) -> Iterator[AttentionTally]:
         ConfigError: on leaving, if forward passes ran and no attention was seen; says what was looked for.
     """
     tally = AttentionTally()
-    padding = PaddingMask()
-    ran = False
+    with counted_attention(model, tally) as padding:
+        yield tally
+    if padding.passes and not tally.layers:
+        raise no_attention(model)
 
-    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        nonlocal ran
-        ran = True
-        padding.read(kwargs)
+
+@contextmanager
+def counted_attention(model: nn.Module, tally: AttentionTally) -> Iterator[PaddingMask]:
+    """Within the context, count every attention of `model` in `tally`, without the queries that are padding."""
 
     def seen(call: AttentionCall) -> None:
         tally.add_call(call, padding.queries(call.query))
 
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with attention_calls(model, seen):
-            yield tally
-    finally:
-        handle.remove()
-    if ran and not tally.layers:
-        raise no_attention(model)
+    with padding_of(model) as padding, attention_calls(model, seen):
+        yield padding
 
 
 class PaddingMask:
@@ -172,9 +158,11 @@ class PaddingMask:
 
     def __init__(self) -> None:
         self.tokens: Bool[Tensor, "batch token"] | None = None
+        self.passes = 0
 
     def read(self, kwargs: Mapping[str, object]) -> None:
         """Take the mask of a call, if it has one of two axes."""
+        self.passes += 1
         mask = kwargs.get("attention_mask")
         self.tokens = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
@@ -184,6 +172,19 @@ class PaddingMask:
         if tokens is None or tokens.shape[0] != query.shape[0] or tokens.shape[1] < query.shape[2]:
             return None
         return tokens[:, tokens.shape[1] - query.shape[2] :]
+
+
+@contextmanager
+def padding_of(model: nn.Module) -> Iterator[PaddingMask]:
+    """The padding mask of whichever forward pass of `model` is running within the context."""
+    padding = PaddingMask()
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: padding.read(kwargs), with_kwargs=True
+    )
+    try:
+        yield padding
+    finally:
+        handle.remove()
 
 
 def no_attention(model: nn.Module) -> ConfigError:

@@ -62,6 +62,25 @@ class AttentionCall:
         return attention_rows(self.query, self.key, scale=self.scale, mask=read, softcap=self.softcap)
 
 
+class KeyMasks:
+    """Reads masks, the very same tensor once: layers of a forward pass share one, or one for each kind of layer."""
+
+    kept = 2
+
+    def __init__(self) -> None:
+        self._read: list[tuple[Tensor | None, tuple[int, int, bool], KeyMask]] = []
+
+    def read(self, call: AttentionCall) -> KeyMask:
+        """The call's mask, from the last few that were read if it is among them."""
+        size = (call.query.shape[-2], call.key.shape[-2], call.causal)
+        for mask, of_size, found in self._read:
+            if mask is call.mask and of_size == size:
+                return found
+        found = call.key_mask()
+        self._read = [(call.mask, size, found), *self._read[: self.kept - 1]]
+        return found
+
+
 @contextmanager
 def attention_calls(model: nn.Module, seen: Callable[[AttentionCall], Any]) -> Iterator[None]:
     """Within the context, call `seen` for every attention of a forward pass of `model`.

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
-from uncollapse.inspection.attention import PaddingMask
+from uncollapse.inspection.attention import padding_of
 from uncollapse.measure.spectra import SecondMoment, effective_rank, participation_ratio
 
 Classes = Int[Tensor, "*row"]
@@ -69,11 +69,9 @@ def head_inputs(
     negative ones (-100) are left out, and without any nothing is seen.
     """
     head = head_of(model) if head is None else head
-    padding = PaddingMask()
     given: dict[str, Tensor | None] = {"ids": None, "labels": None}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        padding.read(kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         given["ids"] = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
         labels = kwargs.get("labels")
@@ -86,7 +84,7 @@ def head_inputs(
         if pair is not None:
             seen(*pair)
 
-    with ExitStack() as stack:
+    with padding_of(model) as padding, ExitStack() as stack:
         for handle in (
             model.register_forward_pre_hook(before, with_kwargs=True),
             head.register_forward_pre_hook(read),
@@ -159,10 +157,6 @@ def block_outputs(
     model: nn.Module, seen: Callable[[str, Float[Tensor, "row feature"]], Any]
 ) -> Iterator[None]:
     """Within the context, call `seen` with the output of every block, as rows; padding tokens are left out."""
-    padding = PaddingMask()
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        padding.read(kwargs)
 
     def reading(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -180,8 +174,7 @@ def block_outputs(
 
         return read
 
-    with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+    with padding_of(model) as padding, ExitStack() as stack:
         for name, block in blocks_of(model).items():
             stack.callback(block.register_forward_hook(reading(name)).remove)
         yield

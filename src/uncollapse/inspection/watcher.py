@@ -13,13 +13,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.attention import AttentionTally, HeadStatistics, PaddingMask, head_table
-from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, attention_calls
+from uncollapse.inspection.attention import (
+    AttentionTally,
+    HeadStatistics,
+    counted_attention,
+    head_table,
+    marked_heads,
+    no_attention,
+)
 from uncollapse.inspection.features import (
     Classes,
     FeatureSpread,
@@ -75,10 +80,8 @@ class Inspection:
                 "attention/peak/mean": float(table["peak"].nanmean()),
                 "attention/first_key/mean": float(table["first"].nanmean()),
             }
-            kinds = {"collapsed_heads": "collapsed", "sink_heads": "sink", "uniform_heads": "uniform"}
-            for name, kind in kinds.items():
-                marked = torch.cat([getattr(one, kind) for one in self.heads.values()])
-                found[f"attention/{name}/frac"] = float(marked.double().mean())
+            for kind, heads in marked_heads(self.heads).items():
+                found[f"attention/{kind}_heads/frac"] = float(heads.double().mean())
         if self.logit_norms:
             found["attention/logit_norm/max"] = max(float(norm.amax()) for norm in self.logit_norms.values())
         if self.blocks:
@@ -128,26 +131,17 @@ class Watcher:
             )
         stack = ExitStack()
         if self._attention:
-            padding = PaddingMask()
-            reads = self.model.register_forward_pre_hook(
-                lambda module, args, kwargs: padding.read(kwargs), with_kwargs=True
-            )
-            stack.callback(reads.remove)
-
-            def seen(call: AttentionCall) -> None:
-                self._tally.add_call(call, padding.queries(call.query))
-
-            stack.enter_context(attention_calls(self.model, seen))
+            stack.enter_context(counted_attention(self.model, self._tally))
         if self._features:
             stack.enter_context(block_outputs(self.model, self._spread.add))
-            try:
-                head = head_of(self.model) if self._head is None else self._head
-            except ConfigError as error:
-                self._absent["classes"] = str(error)
-            else:
-                stack.enter_context(
-                    head_inputs(self.model, self._with_classes(head), classes=self._classes, head=head)
-                )
+            if self._head is None:
+                try:
+                    self._head = head_of(self.model)
+                except ConfigError as error:
+                    self._absent["classes"] = str(error)
+            if self._head is not None:
+                seen = self._with_classes(self._head)
+                stack.enter_context(head_inputs(self.model, seen, classes=self._classes, head=self._head))
         self._stack = stack
         return self
 
@@ -179,15 +173,11 @@ class Watcher:
         self._moments = None
 
     def result(self, *, weights: bool = False) -> Inspection:
-        """What was seen so far; `weights` adds their spectra, seconds for a hundred million of them.
-
-        Raises:
-            DataError: nothing was seen: no forward pass of the model ran within the context.
-        """
+        """What was seen so far, be it nothing; `weights` adds their spectra, seconds for a hundred million of them."""
         blocks, heads = self._spread.blocks, self._tally.layers
         absent = dict(self._absent)
         if self._attention and not heads:
-            absent["attention"] = "no attention was seen; looked for " + "; ".join(LOOKED_FOR)
+            absent["attention"] = str(no_attention(self.model))
         if self._features and self._moments is None:
             absent.setdefault(
                 "classes",
@@ -214,8 +204,7 @@ class Watcher:
         moments = self._moments
         if moments is None:
             return None, None
-        head = head_of(self.model) if self._head is None else self._head
-        weight = getattr(head, "weight", None)
+        weight = getattr(self._head, "weight", None)
         fits = isinstance(weight, Tensor) and weight.shape == moments.mean.shape
         W = weight.detach() if isinstance(weight, Tensor) and fits else None
         try:

@@ -40,7 +40,7 @@ class Sampler:
             max_new_tokens=self.max_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        with _own_randomness(seed), _evaluating(self.model), torch.no_grad():
+        with _own_randomness(seed), evaluating(self.model), torch.no_grad():
             for start in range(0, len(prompts), self.rows_at_once):
                 inputs = self._encode(prompts[start : start + self.rows_at_once]).to(device)
                 width = inputs["input_ids"].shape[1]
@@ -152,7 +152,7 @@ def score_probe(sampler: Sampler, probe: Mapping[str, Any], *, step: int) -> dic
     """The record of one probe as the policy sees it now: entropy and log-probability of each of its tokens (nats)."""
     device = next(sampler.model.parameters()).device
     prompt, ids = probe["prompt_ids"], probe["ids"]
-    with _evaluating(sampler.model), torch.no_grad():
+    with evaluating(sampler.model), torch.no_grad():
         logits = sampler.model(torch.tensor([[*prompt, *ids]], device=device)).logits[0, len(prompt) - 1 : -1]
         token = torch.tensor(ids, device=device)
         found = token_stats_from_logits(logits, token, temperature=sampler.temperature)
@@ -177,7 +177,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode (no dropout), and back."""
     was = model.training
     model.eval()

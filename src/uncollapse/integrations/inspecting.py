@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.inspection import Inspection, watch
+from uncollapse.integrations.evaluation import evaluating
 
 Progress = Callable[[int, int], None]
 """Called with tokens or texts done and in total."""
@@ -39,7 +40,7 @@ def inspect_text(
             f"inspect: needs length >= 2, batch >= 1 and tokens >= length; got {length}, {batch}, {tokens}"
         )
     rows = _rows(tokenizer, texts, tokens, length)
-    with _evaluating(model), watch(model) as seen:
+    with evaluating(model), watch(model) as seen:
         for start in range(0, len(rows), batch):
             model(input_ids=rows[start : start + batch].to(_device(model)), use_cache=False)
             if progress is not None:
@@ -69,7 +70,7 @@ def inspect_labelled(
             f"inspect: {len(texts)} texts and {len(labels)} labels; a classifier needs one label a text"
         )
     classes = torch.empty(0, dtype=torch.long)
-    with _evaluating(model), watch(model, classes=lambda: classes) as seen:
+    with evaluating(model), watch(model, classes=lambda: classes) as seen:
         for start in range(0, len(texts), batch):
             some, classes = list(texts[start : start + batch]), torch.tensor(labels[start : start + batch])
             inputs = tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=length)
@@ -95,16 +96,3 @@ def _rows(tokenizer: Any, texts: Sequence[str], tokens: int, length: int) -> Int
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-class _evaluating:
-    """Without dropout, and as it was afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._training = model, model.training
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        self._model.train(self._training)

@@ -12,6 +12,7 @@ vacuous in real models; `bound_from_logits` takes the norm of each centred logit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import overload
 
@@ -234,15 +235,10 @@ def attention_rows(
         mask = KeyMask.of(mask, queries, keys, causal=causal, device=query.device)
     scale = width**-0.5 if scale is None else scale
     grouped = (query.detach() * scale).reshape(batch, kv_heads, heads // kv_heads, queries, width)
-    keys_t = key.detach().mT
     entropy, peak, first = query.new_empty(
         3, batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32)
     )
-    rows = rows_at_once(queries, batch * heads * keys)
-    behind = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-    for start in range(0, queries, rows):
-        here = slice(start, min(start + rows, queries))
-        scores = scores_of_rows(grouped, keys_t, mask, here, behind, softcap)
+    for here, scores in scores_by_rows(grouped, key.detach().mT, mask, softcap):
         weight = scores.exp()
         total = weight.sum(-1)
         entropy[..., here] = total.log() - torch.linalg.vecdot(weight, scores) / total
@@ -262,9 +258,7 @@ def attention_rows_of_matrix(attn: Float[Tensor, "batch head query key"], mask: 
     attn = attn.detach()
     entropy, peak = attn.new_empty(2, batch, heads, queries)
     least = torch.finfo(attn.dtype).tiny
-    rows = rows_at_once(queries, batch * heads * keys)
-    for start in range(0, queries, rows):
-        here = slice(start, min(start + rows, queries))
+    for here in _row_slices(queries, batch * heads * keys):
         some = attn[:, :, here, : max(1, keys - queries + here.stop) if mask.causal else keys]
         entropy[..., here] = some.clamp(min=least).log_().mul_(some).sum(-1).neg_()
         peak[..., here] = some.amax(-1)
@@ -284,20 +278,34 @@ def _rows(entropy: Tensor, allowed: Tensor, peak: Tensor, first: Tensor) -> Atte
     )
 
 
-def rows_at_once(queries: int, elements_of_row: int) -> int:
-    """Into how many query rows at once the work is cut."""
-    return max(1, min(queries, _CHUNK_ELEMENTS // max(1, elements_of_row)))
+def _row_slices(queries: int, elements_of_row: int) -> Iterator[slice]:
+    """Query rows, as many at once as stay in a core's cache."""
+    rows = max(1, min(queries, _CHUNK_ELEMENTS // max(1, elements_of_row)))
+    for start in range(0, queries, rows):
+        yield slice(start, min(start + rows, queries))
 
 
-def scores_of_rows(
+def scores_by_rows(
     grouped: Float[Tensor, "batch kv_head group query feature"],
     keys_t: Float[Tensor, "batch kv_head feature key"],
     mask: KeyMask,
-    here: slice,
-    behind: Bool[Tensor, "rows rows"],
     softcap: float | None,
-) -> Float[Tensor, "batch head row some_keys"]:
-    """Scores of the query rows `here`, less the largest of each row; without the keys that none of them may see."""
+) -> Iterator[tuple[slice, Float[Tensor, "batch head row some_keys"]]]:
+    """A few query rows at a time and their scores, less the largest of each row; queries are scaled already.
+
+    Keys at the end that none of the rows may see are left out. The scores may be written into.
+    """
+    batch, kv_heads, group, queries, _ = grouped.shape
+    behind = None
+    for here in _row_slices(queries, batch * kv_heads * group * keys_t.shape[-1]):
+        if behind is None:  # the first part is the largest
+            behind = torch.ones(here.stop, here.stop, dtype=torch.bool, device=grouped.device).triu(1)
+        yield here, _scores(grouped, keys_t, mask, here, behind, softcap)
+
+
+def _scores(
+    grouped: Tensor, keys_t: Tensor, mask: KeyMask, here: slice, behind: Tensor, softcap: float | None
+) -> Tensor:
     batch, kv_heads, group, queries, width = grouped.shape
     rows, keys = here.stop - here.start, keys_t.shape[-1]
     end = max(1, keys - queries + here.stop) if mask.causal else keys

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from uncollapse.errors import ConfigError
-from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, rows_at_once, scores_of_rows
+from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, scores_by_rows
 
 
 def attention_rows_with_gradient(
@@ -62,17 +62,13 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor, *constants: Any) -> tuple[Tensor | None, ...]:
         query, key, entropy = ctx.saved_tensors
         batch, heads, queries, width = query.shape
-        kv_heads, keys = key.shape[1:3]
+        kv_heads = key.shape[1]
         grouped = (query * ctx.scale).reshape(batch, kv_heads, heads // kv_heads, queries, width)
         to_query = torch.empty_like(grouped)
         to_key = key.new_zeros(key.shape, dtype=entropy.dtype)
         blind = entropy.isnan()
         above, entropy = above.masked_fill(blind, 0), entropy.masked_fill(blind, 0)
-        size = rows_at_once(queries, batch * heads * keys)
-        behind = torch.ones(size, size, dtype=torch.bool, device=query.device).triu(1)
-        for start in range(0, queries, size):
-            here = slice(start, min(start + size, queries))
-            scores = scores_of_rows(grouped, key.mT, ctx.mask, here, behind, ctx.softcap)
+        for here, scores in scores_by_rows(grouped, key.mT, ctx.mask, ctx.softcap):
             end = scores.shape[-1]
             weight = scores.exp()
             total = weight.sum(-1, keepdim=True)  # a = weight / total, ln a = scores - ln total

@@ -10,15 +10,13 @@ Symbols and names of metrics: `class_statistics`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 19
-"""Numbers of a block of rows that is worked on at once: 4 MB in float64, what stays in a cache."""
+from uncollapse.measure._blocks import blocks
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,6 @@ class ClassMeans:
         """u_c = m_c / r_c in float64; 0 for a class that lies at the centre."""
         norm = self.norm[rows]
         return self.centred(rows) / torch.where(norm > 0, norm, 1)[:, None]
-
-
-def blocks(count: int, width: int) -> Iterator[slice]:
-    """Slices that cover `count` rows of `width` numbers."""
-    step = max(1, BLOCK_ELEMENTS // width)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
 
 
 def mean_gram(means: ClassMeans) -> Float[Tensor, "feature feature"]:

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
-from uncollapse.measure.class_geometry import BLOCK_ELEMENTS, ClassMeans, coefficient_of_variation
+from uncollapse.measure._blocks import BLOCK_ELEMENTS
+from uncollapse.measure.class_geometry import ClassMeans, coefficient_of_variation
 
 _NEAR = 1e-4
 """1 - cos below which a pair is computed again from the difference of its directions, in float64."""

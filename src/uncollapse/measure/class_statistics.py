@@ -22,10 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure._blocks import BLOCK_ELEMENTS, blocks
 from uncollapse.measure.class_geometry import (
-    BLOCK_ELEMENTS,
     ClassMeans,
-    blocks,
     duality,
     mean_geometry,
     mean_gram,

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.measure.class_geometry import ClassMeans, blocks
+from uncollapse.measure._blocks import blocks
+from uncollapse.measure.class_geometry import ClassMeans
 
 _SCORES = 1 << 22
 """Elements of a block of samples x classes that is held at once."""

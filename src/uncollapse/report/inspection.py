@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 
 from uncollapse.inspection import Inspection
-from uncollapse.inspection.attention import COLLAPSED, SINK, UNIFORM, head_table
+from uncollapse.inspection.attention import COLLAPSED, SINK, UNIFORM, head_table, marked_heads
 from uncollapse.report import figures, page, sections
 from uncollapse.report.blocks import Block, Section, TableBlock, TextBlock, Tile, figure
 from uncollapse.report.palette import LIGHT
@@ -63,7 +62,7 @@ def headline(found: Inspection) -> str:
     """The finding about attention in one sentence."""
     if not found.heads:
         return "No attention was seen"
-    table = _marks(found)
+    table = marked_heads(found.heads)
     count = len(table["collapsed"])
     ill = int(table["collapsed"].sum())
     if ill:
@@ -93,15 +92,10 @@ def _lead(found: Inspection) -> list[str]:
     return lead
 
 
-def _marks(found: Inspection) -> dict[str, torch.Tensor]:
-    kinds = ("collapsed", "sink", "uniform")
-    return {kind: torch.cat([getattr(one, kind) for one in found.heads.values()]) for kind in kinds}
-
-
 def _tiles(found: Inspection) -> list[Tile]:
     tiles = [Tile("Parameters", _millions(found.parameters), "", found.model, "")]
     if found.heads:
-        table, marks = head_table(found.heads), _marks(found)
+        table, marks = head_table(found.heads), marked_heads(found.heads)
         profile = table["normalized"].nanmean(dim=1).numpy()
         spark = sections.spark(np.arange(len(profile), dtype=float), profile)
         heads = f"{len(found.heads)} layers, {len(marks['sink'])} heads"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from uncollapse.attention.entropy_guided_attention.regularizer import EntropyRegularizer, Stats
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.inspection.attention import PaddingMask, no_attention
-from uncollapse.inspection.attention_calls import AttentionCall, attention_calls
+from uncollapse.inspection.attention_calls import AttentionCall, KeyMasks, attention_calls
 from uncollapse.measure.attention_gradient import attention_rows_with_gradient
 
 NAME = "entropy_thresholds"
@@ -127,11 +127,10 @@ class AttachedRegularizer(nn.Module):
                 f"the model attended in {found[0]} layers with {found[1]} heads, the thresholds are for "
                 f"{len(self.theta)} and {self.theta.shape[1]}; give attach_entropy_regularizer layers and heads"
             )
-        kinds = {_kind(call): call for call in calls}  # layers share their mask, which is read once
-        masks = {kind: call.key_mask() for kind, call in kinds.items()}
+        masks = KeyMasks()
         rows = [
             attention_rows_with_gradient(
-                call.query, call.key, scale=call.scale, mask=masks[_kind(call)], softcap=call.softcap
+                call.query, call.key, scale=call.scale, mask=masks.read(call), softcap=call.softcap
             )
             for call in calls
         ]
@@ -155,10 +154,6 @@ class AttachedRegularizer(nn.Module):
             {"params": own, "lr": lr},
             {"params": thresholds, "lr": lr * theta_lr_scale, "weight_decay": 0.0},
         ]
-
-
-def _kind(call: AttentionCall) -> tuple[int, int, int, bool]:
-    return id(call.mask), call.query.shape[-2], call.key.shape[-2], call.causal
 
 
 def _from_config(model: nn.Module, name: str, argument: str) -> int:

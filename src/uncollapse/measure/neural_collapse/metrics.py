@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from uncollapse.measure._blocks import blocks
 from uncollapse.measure.neural_collapse.moments import (
     ZERO,
     BetweenClasses,
     ClassMoments,
     between_classes,
-    blocks,
     class_moments,
     variance_along,
 )

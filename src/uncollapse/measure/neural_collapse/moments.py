@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure._blocks import blocks
 
 ZERO = 1e-12
 """A vector this short beside the longest one is rounding: it has no direction."""
 
 _CUT = 1e-8
 """Singular values of the centred means below this share of the largest are rounding."""
-
-_BLOCK_ELEMENTS = 1 << 21
-"""Numbers held at once by a pass over samples or pairs of classes."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +122,6 @@ def variance_along(
     for rows in blocks(len(H), H.shape[1]):
         total = total + ((H[rows].double() - means[y[rows]]) @ directions.T).square().sum(0)
     return total / len(H)
-
-
-def blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices over the rows of a (rows, width) matrix, each of a size that stays in cache."""
-    size = max(1, _BLOCK_ELEMENTS // max(1, width))
-    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 def _checked_labels(H: Tensor, y: Tensor, num_classes: int | None) -> int:
