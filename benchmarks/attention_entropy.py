@@ -33,7 +33,6 @@ def case() -> Case:
         return model(input_ids=ids, use_cache=False)
 
     def watched(kernel: str) -> torch.Tensor:
-        model.set_attn_implementation(kernel)  # before it is watched: that is when its kernels are looked up
         with attention_statistics(model) as tally:
             forward(kernel)
         return head_table(tally.layers)["entropy"]

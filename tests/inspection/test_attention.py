@@ -83,6 +83,16 @@ def test_generation_with_a_cache_counts_every_query():
     assert all(one.rows.tolist() == [6] * 4 for one in tally.layers.values())  # the last token is never fed
 
 
+def test_a_kernel_that_is_changed_while_the_model_is_watched():
+    model, ids = llama("sdpa"), {"input_ids": torch.arange(11)[None]}
+    with torch.no_grad(), attention_statistics(model) as tally:
+        for kernel in ("eager", "sdpa"):
+            model.set_attn_implementation(kernel)
+            model(**ids)
+    torch.testing.assert_close(head_table(tally.layers)["entropy"].float(), shown(llama("eager"), **ids))
+    assert all(one.rows.tolist() == [22] * 4 for one in tally.layers.values())
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_torch_s_own_layer(batch_first, training):

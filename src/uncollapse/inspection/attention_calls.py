@@ -197,12 +197,11 @@ def _kernel(doors: _Doors) -> Iterator[None]:
 
 
 def _implementations(model: nn.Module) -> list[str]:
-    """Attention implementations that the configs in a transformers model name."""
-    configs = {
-        id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if c is not None
-    }
-    named = {getattr(config, "_attn_implementation", None) for config in configs.values()}
-    return sorted(name for name in named if isinstance(name, str))
+    """Attention implementations of transformers, if it is at work in `model`: all, since a model can change its own."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    if not any(isinstance(getattr(config, "_attn_implementation", None), str) for config in configs):
+        return []
+    return sorted({"eager", *sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS})
 
 
 @contextmanager
