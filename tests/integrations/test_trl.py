@@ -141,6 +141,19 @@ def test_one_forward_pass_gives_what_two_give(tmp_path, name):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in RUNS if recipe(name).has("minibatch")])
+def test_later_updates_plan_from_their_own_forward_pass_or_from_one_before(tmp_path, name):
+    """A step of one micro-batch decides from its pass with gradient; one of two from a pass before. The same comes out."""
+    common = {"recipe": name, "learning_rate": 1e-2, "max_steps": 4}
+    own, a = run(tmp_path / "a", **common, per_device_train_batch_size=8, steps_per_generation=2)
+    before, b = run(
+        tmp_path / "b", **common, per_device_train_batch_size=4, steps_per_generation=4, gradient_accumulation_steps=2
+    )  # fmt: skip
+    assert losses(before) == pytest.approx(losses(own), abs=1e-6)
+    for x, y in zip(a.gradients[-1], b.gradients[-1], strict=True):
+        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("changes", [{}, {"steps_per_generation": 4}, {"gradient_accumulation_steps": 2}])
 def test_a_token_dump_holds_every_rollout(tmp_path, changes):
     trainer, _ = run(

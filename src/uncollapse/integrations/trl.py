@@ -130,6 +130,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._rollout: Batch | None = None
         self._drawn_tokens: Tensor = torch.zeros((), dtype=torch.long)
         self._window: Batch | None = None
+        self._planned = True  # whether the window is, or waits for its forward pass
 
     def _show_vocabulary(self, sampler: OfVocabulary) -> None:
         decoded = self._tokenizer.batch_decode([[token] for token in range(len(self._tokenizer))])
@@ -453,12 +454,13 @@ class GRPOTrainer(trl.GRPOTrainer):
         update = (self._step % self._generate_every()) // self.args.gradient_accumulation_steps
         rows = self.accelerator.gather(torch.cat([inputs["row"] for inputs in accumulated]))
         mini = self._open_window(rows, update)
-        if self.recipe.has("minibatch"):
-            mini = (
-                mini.old_as_now()
-                if update == 0 and not self._dropout
-                else self._measured_now(mini, accumulated)
-            )
+        reads_now, is_old = self.recipe.has("minibatch"), update == 0 and not self._dropout
+        self._planned = not reads_now or is_old or len(accumulated) > 1  # else its one forward pass tells
+        if not self._planned:
+            self._window = mini
+            return
+        if reads_now:
+            mini = mini.old_as_now() if is_old else self._measured_now(mini, accumulated)
         self._window = self.recipe.plan(mini)
 
     def _open_window(self, rows: Tensor, update: int) -> Batch:
@@ -489,8 +491,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         rollout = self._rollout
         assert rollout is not None
         wanted = self.recipe.stats("loss") | {Logp("now")}
-        if self._one_forward:
+        if self._one_forward or not self._planned:
             wanted |= self.recipe.stats("plan")
+        if self._one_forward:
             wanted |= {stat.by("now") for stat in rollout_stats(self.recipe) if stat.whose == "old"}
         time, width = inputs["completion_ids"].shape[1], rollout.mask.shape[1]
         mask = self._counted(inputs)[:, :time]
@@ -501,6 +504,8 @@ class GRPOTrainer(trl.GRPOTrainer):
             }
         if self._one_forward:
             self._prepare_and_plan(values, inputs["row"])
+        elif not self._planned:
+            self._plan_alone(values)
         window = self._window
         assert window is not None
         micro = window[self._place[inputs["row"]]]
@@ -526,12 +531,21 @@ class GRPOTrainer(trl.GRPOTrainer):
         assert rollout is not None
         rows = self.accelerator.gather(local)
         order = torch.argsort(rows)  # of all processes' rows by their numbers, as the rollout has them
-        found = {
-            stat.by("old"): self.accelerator.gather(value.detach())[order]
-            for stat, value in sorted(values.items(), key=lambda pair: repr(pair[0]))
-        }
+        found = {stat.by("old"): value[order] for stat, value in self._of_all(values).items()}
         self._prepare_rollout(rollout.with_stats(found))
         self._window = self.recipe.plan(self._open_window(rows, update=0).old_as_now())
+
+    @torch.no_grad()
+    def _plan_alone(self, values: Mapping[Stat, Tensor]) -> None:
+        """Plan an optimiser step that is one micro-batch, from the statistics of its forward pass with gradient."""
+        assert self._window is not None
+        self._window = self.recipe.plan(self._window.with_stats(self._of_all(values)))
+        self._planned = True
+
+    def _of_all(self, values: Mapping[Stat, Tensor]) -> dict[Stat, Tensor]:
+        """The statistics of the rows of all processes, in the order of `gather`."""
+        ordered = sorted(values.items(), key=lambda pair: repr(pair[0]))
+        return {stat: self.accelerator.gather(value.detach()) for stat, value in ordered}
 
     # ---- metrics -------------------------------------------------------------------------------------------
 

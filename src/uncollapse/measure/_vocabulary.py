@@ -44,7 +44,7 @@ def spans(total: int, size: int) -> Iterator[slice]:
 
 
 class Kept:
-    """Tiles of logits that the forward pass leaves for the backward pass, up to a budget; each is handed out once.
+    """Tiles of logits, or of log-probabilities, that the forward pass leaves for the backward pass, up to a budget; each is handed out once.
 
     A second backward pass through the same graph finds none and recomputes them.
     """
@@ -53,10 +53,15 @@ class Kept:
         self._left, self._tiles = elements, {}  # type: int, dict[tuple[int, int], Tensor]
 
     def offer(self, rows: slice, cols: slice, tile: Tensor) -> None:
-        """Keep a copy if the budget allows."""
+        """Keep a copy of a scratch tile if the budget allows."""
+        if tile.numel() <= self._left:
+            self.give(rows, cols, tile.clone())
+
+    def give(self, rows: slice, cols: slice, tile: Tensor) -> None:
+        """Keep a tile that nobody will overwrite, if the budget allows."""
         if tile.numel() <= self._left:
             self._left -= tile.numel()
-            self._tiles[rows.start, cols.start] = tile.clone()
+            self._tiles[rows.start, cols.start] = tile
 
     def take(self, rows: slice, cols: slice) -> Tensor | None:
         """The tile, now the caller's to overwrite; None if it was not kept."""

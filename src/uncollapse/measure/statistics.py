@@ -10,6 +10,7 @@ at a tie the gradient is that of the member that `torch.sort` or `torch.argmax` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -196,6 +197,26 @@ def _check_share(owner: str, name: str, share: float) -> None:
 
 
 @dataclass(frozen=True)
+class Front:
+    """The most probable tokens of some rows, largest first."""
+
+    where: Int[Tensor, " some"]
+    """Number of each row."""
+    values: Float[Tensor, "some front"]
+    """Probabilities."""
+    order: Int[Tensor, "some front"]
+    """Token ids."""
+    inside: Bool[Tensor, "some front"]
+    """Whether the token is in the nucleus."""
+
+    @property
+    def shares(self) -> Float[Tensor, "some front"]:
+        """Probabilities renormalised on the nucleus, 0 outside; a nucleus of one has exactly 1."""
+        kept = torch.where(self.inside, self.values, 0)
+        return torch.where(self.inside, kept / kept.sum(-1, keepdim=True), 0)
+
+
+@dataclass(frozen=True)
 class _NucleusStatistic(_SetStatistic):
     p: float
     nucleus: str = "standard"
@@ -211,30 +232,38 @@ class _NucleusStatistic(_SetStatistic):
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"{type(self).__name__}: top_k is {self.top_k}; give at least 1, or None")
 
-    def front(
-        self, rows: Rows
-    ) -> tuple[Float[Tensor, "row front"], Int[Tensor, "row front"], Bool[Tensor, "row front"]]:
-        """The most probable tokens, largest first: probability, id, and whether they are in the nucleus.
+    def fronts(self, rows: Rows) -> Iterator[Front]:
+        """The most probable tokens of every row; rows whose nucleus goes on beyond `FRONT` tokens come in fronts of their own.
 
-        Looks at `FRONT` tokens, and at more where some row's nucleus goes on beyond them. Which tokens are in it is what
-        a stable sort of the whole vocabulary says, ties included.
+        Which tokens are in the nucleus is what a stable sort of the whole vocabulary says, ties included.
         """
         vocab = rows.p.shape[-1]
         limit = vocab if self.top_k is None else min(self.top_k, vocab)
         width = min(FRONT if self.p < 1 else limit, limit) + 1  # one more shows whether the last one is tied
-        while True:
-            values, order = rows.p.topk(min(width, vocab))
+        where, p = torch.arange(len(rows.p), device=rows.p.device), rows.p
+        while len(where):
+            values, order = p.topk(min(width, vocab))
             inside = self._inside(values)
             inside[:, limit:] = False
-            if width > limit or not bool(inside[:, -1].any()):
-                break
+            cut_off = inside[:, -1] if width <= limit else torch.zeros_like(inside[:, -1])
+            done = (~cut_off).nonzero().squeeze(-1)
+            front = (
+                (values, order, inside) if len(done) == len(p) else (values[done], order[done], inside[done])
+            )
+            yield self._by_id(Front(where[done], *front), rows)
+            left = cut_off.nonzero().squeeze(-1)
+            where, p = where[left], p[left]
             width = min(16 * width, limit + 1)
+
+    def _by_id(self, front: Front, rows: Rows) -> Front:
+        """Where probabilities on both sides of the edge are equal, the lower id is in."""
+        values, inside = front.values, front.inside
         cut = inside[:, :-1] & ~inside[:, 1:] & (values[:, :-1] == values[:, 1:])
         tied = cut.any(-1).nonzero().squeeze(-1)
-        if len(tied):  # equal probabilities on both sides of the edge: the lower id is in
-            by_id = rows.p[tied].sort(dim=-1, descending=True, stable=True).indices
-            order[tied] = by_id[:, : order.shape[1]]
-        return values, order, inside
+        if len(tied):
+            by_id = rows.p[front.where[tied]].sort(dim=-1, descending=True, stable=True).indices
+            front.order[tied] = by_id[:, : front.order.shape[1]]
+        return front
 
     def _inside(self, values: Tensor) -> Tensor:
         possible = values != 0
@@ -249,8 +278,10 @@ class _NucleusStatistic(_SetStatistic):
 
     def members(self, rows: Rows) -> Bool[Tensor, "row vocab"]:
         """Which tokens are in the nucleus."""
-        _, order, inside = self.front(rows)
-        return torch.zeros_like(rows.p, dtype=torch.bool).scatter_(-1, order, inside)
+        out = torch.zeros_like(rows.p, dtype=torch.bool)
+        for front in self.fronts(rows):
+            out[front.where.unsqueeze(-1), front.order] = front.inside
+        return out
 
 
 @dataclass(frozen=True)
@@ -281,22 +312,20 @@ class NucleusEntropy(_NucleusStatistic):
 
     def value(self, rows: Rows) -> Float[Tensor, " row"]:
         """Entropy inside the nucleus."""
-        values, _, inside = self.front(rows)
-        return torch.special.entr(_shares(values, inside)).sum(-1)
+        out = torch.empty_like(rows.p[:, 0])
+        for front in self.fronts(rows):
+            out[front.where] = torch.special.entr(front.shares).sum(-1)
+        return out
 
     def gradient(self, rows: Rows) -> Float[Tensor, "row vocab"]:
         """-q_v (log q_v + H_p) inside, exactly 0 outside."""
-        values, order, inside = self.front(rows)
-        q = _shares(values, inside)
-        surprise = torch.special.entr(q)
-        slope = surprise.addcmul(q, surprise.sum(-1, keepdim=True), value=-1)
-        return torch.zeros_like(rows.p).scatter_(-1, order, slope)
-
-
-def _shares(values: Tensor, inside: Tensor) -> Tensor:
-    """Probabilities renormalised on a set, 0 outside; a set of one has exactly 1."""
-    kept = torch.where(inside, values, 0)
-    return torch.where(inside, kept / kept.sum(-1, keepdim=True), 0)
+        out = torch.zeros_like(rows.p)
+        for front in self.fronts(rows):
+            q = front.shares
+            surprise = torch.special.entr(q)
+            slope = surprise.addcmul(q, surprise.sum(-1, keepdim=True), value=-1)
+            out[front.where.unsqueeze(-1), front.order] = slope
+        return out
 
 
 @dataclass(frozen=True)

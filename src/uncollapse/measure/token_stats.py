@@ -18,7 +18,7 @@ Differs from the paper: nothing published; written from the derivatives of the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -161,10 +161,10 @@ class _TokenStats(torch.autograd.Function):
         streamed = set(stats) <= set(DEFAULT)
         source = _source(x, weight, bias, temperature)
         ctx.options = temperature, stats, chunk, streamed
+        ctx.kept = Kept(source.worth_keeping if any(ctx.needs_input_grad[:3]) and chunk is None else 0)
         if not streamed:
             ctx.save_for_backward(x, weight, bias, token)
-            return _whole_rows(source, token, stats, chunk)
-        ctx.kept = Kept(source.worth_keeping if any(ctx.needs_input_grad[:3]) and chunk is None else 0)
+            return _whole_rows(source, token, stats, chunk, ctx.kept)
         logp, lse, entropy = _stream(source, token, chunk, ctx.kept, entropy=Entropy() in stats)
         ctx.save_for_backward(x, weight, bias, token, lse, entropy)
         return tuple(entropy.clone() if stat == Entropy() else logp for stat in stats)
@@ -184,7 +184,7 @@ class _TokenStats(torch.autograd.Function):
                     source, token, chunk, ctx.kept, lse, entropy, of.get(Logp()), of.get(Entropy())
                 )
             else:
-                _whole_rows_backward(source, token, chunk, stats, grads)
+                _whole_rows_backward(source, token, chunk, ctx.kept, stats, grads)
         return *source.close(), None, None, None, None
 
 
@@ -282,18 +282,20 @@ def _coefficients(
     return torch.addcmul(constant, slope, entropy[rows]).unsqueeze(-1), slope.unsqueeze(-1)
 
 
-def _row_blocks(source: Source, token: Tensor, chunk: int | None) -> Any:
-    for rows in spans(source.count, row_count(chunk, token.device, source.vocab)):
-        yield rows, Rows(source.tile(rows, slice(0, source.vocab)).log_softmax(-1), token[rows])
+def _row_blocks(source: Source, token: Tensor, chunk: int | None) -> Iterator[slice]:
+    return spans(source.count, row_count(chunk, token.device, source.vocab))
 
 
 def _whole_rows(
-    source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int | None
+    source: Source, token: Tensor, stats: tuple[Statistic, ...], chunk: int | None, kept: Kept
 ) -> tuple[Tensor, ...]:
     values = [torch.empty(source.count, dtype=source.dtype, device=token.device) for _ in stats]
-    for rows, table in _row_blocks(source, token, chunk):
+    everything = slice(0, source.vocab)
+    for rows in _row_blocks(source, token, chunk):
+        table = Rows(source.tile(rows, everything).log_softmax(-1), token[rows])
         for stat, value in zip(stats, values, strict=True):
             value[rows] = stat.value(table)
+        kept.give(rows, everything, table.logp)
     return tuple(values)
 
 
@@ -301,12 +303,18 @@ def _whole_rows_backward(
     source: Source,
     token: Tensor,
     chunk: int | None,
+    kept: Kept,
     stats: tuple[Statistic, ...],
     grads: tuple[Tensor | None, ...],
 ) -> None:
     wanted = [(stat, grad) for stat, grad in zip(stats, grads, strict=True) if grad is not None]
-    for rows, table in _row_blocks(source, token, chunk):
-        total = torch.zeros_like(table.logp)
+    everything = slice(0, source.vocab)
+    for rows in _row_blocks(source, token, chunk):
+        logp = kept.take(rows, everything)
+        if logp is None:
+            logp = source.tile(rows, everything).log_softmax(-1)
+        table = Rows(logp, token[rows])
+        total = torch.zeros_like(logp)
         for stat, grad in wanted:
             total.addcmul_(stat.gradient(table), grad[rows].unsqueeze(-1))
-        source.add(rows, slice(0, source.vocab), total)
+        source.add(rows, everything, total)
