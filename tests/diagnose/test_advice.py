@@ -48,6 +48,8 @@ def test_recipes_are_registered():
         "adaptive-entropy",
         "clip-cov",
         "kl-cov",
+        "siren",
+        "aepo-arbitrary",
     } == {one.recipe for one in EVERY if one.recipe}
 
 

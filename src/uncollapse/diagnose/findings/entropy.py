@@ -60,8 +60,9 @@ def collapse(facts: Facts) -> Finding | None:
         Evidence((ENTROPY, DEAD) if facts.series(DEAD) else (ENTROPY,), (since,), tuple(numbers)),
         since,
         "medium" if learning or len(entropy) < 20 else "high",
-        ("adaptive-entropy", "clip-cov", "kl-cov", "clip-higher", "entropy-bonus") if not facts.inert
-        else ("adaptive-entropy", "clip-cov", "entropy-bonus", "more-updates"),
+        ("adaptive-entropy", "siren", "clip-cov", "aepo-arbitrary", "kl-cov", "clip-higher", "entropy-bonus")
+        if not facts.inert
+        else ("adaptive-entropy", "siren", "clip-cov", "aepo-arbitrary", "entropy-bonus", "more-updates"),
     )  # fmt: skip
 
 

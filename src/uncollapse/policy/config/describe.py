@@ -125,6 +125,7 @@ def _forwards(recipe: Recipe, needs: Mapping[str, tuple[str, ...]], updates: int
         passes.append(
             f"current policy: {share} of one per rollout batch, for decisions per optimiser step"
             + (" (n optimiser steps per rollout batch)" if updates is None else "")
+            + "; in TRL none where a step is one micro-batch"
         )
     return tuple(passes)
 
