@@ -239,15 +239,16 @@ def test_one_completion_per_prompt_says_nothing(capsys, tmp_path):
 def test_unscored_completions_are_left_out(capsys, tmp_path):
     cells = ["1", "", "nan", "None", "True", "wrong", "1e999999"]
     rows = [{"prompt": "p", "completion": str(i), "reward": cell} for i, cell in enumerate(cells[:-1])]
-    code, _, err = run(capsys, "cliff", write(tmp_path / "t.csv", rows))
+    code, out, err = run(capsys, "cliff", write(tmp_path / "t.csv", rows))
     assert code == 0
     assert "1 reward could not be read as a number" in err
+    assert "6 completions of 1 prompts, 4 without a score left out" in out
     found = cliff_json(capsys, tmp_path / "t.csv")
     assert found["worst"][0]["completions"] == 2
     rows.append({"prompt": "p", "completion": "x", "reward": cells[-1]})
     code, _, err = run(capsys, "cliff", write(tmp_path / "u.csv", rows))
     assert code == 2
-    assert "infinite" in err
+    assert "the reward of completion 6 (from 0) is infinite" in err
 
 
 def test_a_truncated_table_keeps_its_whole_rows(capsys, tmp_path):

@@ -84,14 +84,30 @@ def test_a_text_classifier_with_labels(tmp_path, capsys, classifier):
     assert "labelled" in capsys.readouterr().err
     rows.write_text(json.dumps({"text": "good", "label": "yes"}) + "\n")
     assert main(["inspect", str(classifier), "--data", str(rows)]) == 2
-    assert "numbers" in capsys.readouterr().err
+    assert (
+        "'yes' is no class; give numbers from 0, or names of the model: LABEL_0, LABEL_1"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_classifier_reads_from_all_of_a_sorted_file_and_knows_the_names_of_classes(
+    tmp_path, capsys, classifier
+):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "good film,LABEL_1\n" * 60 + ",LABEL_1\n" + "bad film,LABEL_0\n" * 60)
+    command = ["inspect", str(classifier), "--data", str(rows), "--length", "8", "--json"]
+    assert main([*command, "--texts", "20"]) == 0
+    assert json.loads(capsys.readouterr().out)["scalars"]["nc/classes"] == 2
+    assert main([*command, "--texts", "0"]) == 2
+    assert "--texts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--tokens", "4", "--length", "8"], "tokens >= length"),
-        (["--data", "{}/no-such.csv"], "neither a file nor a data set"),
+        (["--data", "{}/no-such.csv"], "no-such.csv does not exist"),
+        (["--data", "no-such.jsonl"], "no-such.jsonl does not exist"),
         (["--data", "{}/short.txt"], "2 tokens"),
         (["--data", "{}/rows.csv", "--column", "words"], "no column words"),
         (["--attention", "no_such_kernel"], "--attention no_such_kernel"),

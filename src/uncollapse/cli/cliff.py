@@ -123,8 +123,9 @@ def _print(
 
     here = next(one for one in grid if one.alpha == found.alpha)
     reward = " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in weights.items())
-    rows = len(scored.prompt)
-    say(f"{shown(scored.source, 200)}   {rows:,} completions of {here.prompts:,} prompts")
+    rows, unscored = len(scored.prompt), scored.unscored
+    left_out = f", {unscored:,} without a score left out" if unscored else ""
+    say(f"{shown(scored.source, 200)}   {rows:,} completions of {here.prompts:,} prompts{left_out}")
     say(f"reward: {shown(reward, 200)}")
     say("")
     say(verdict(here))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def inspect(
     column: str | None = None,
     label: str | None = None,
     tokens: int = 8192,
+    texts: int = 1024,
     length: int = 256,
     batch: int = 4,
     attention: str | None = None,
@@ -52,11 +54,14 @@ def inspect(
     column
         The column with the text (default: the first of text, prompt, content, question, sentence).
     label
-        The column with the class, for classifiers (default: label, labels or class).
+        The column with the class, for classifiers (default: label, labels or class): numbers, or names that the model's
+        configuration knows.
     tokens
-        Tokens that a language model reads; for classifiers, texts of this many tokens at most in all.
+        Tokens that a language model reads, from the start of the data.
+    texts
+        Labelled texts that a classifier reads, drawn from all of the data with a fixed seed.
     length
-        Tokens of a row.
+        Tokens of a row; a classifier reads so many of a text.
     batch
         Rows of a forward pass.
     attention
@@ -69,16 +74,25 @@ def inspect(
     from uncollapse.integrations.inspecting import inspect_labelled, inspect_text
 
     loaded, tokenizer, classifies = _load(model, attention)
-    texts, labels, source = _texts(data, column, label, classifies)
     options: dict[str, Any] = {"length": length, "batch": batch, "weights": weights}
-    with Bar("tokens" if not classifies else "texts") as progress:
-        if classifies:
-            kept = max(1, tokens // length)
+    if classifies:
+        if texts < 1:
+            raise ConfigError(f"--texts takes a number from 1, got {texts}")
+        read, classes, source = _labelled(data, column, label, loaded.config.label2id)
+        kept = sorted(random.Random(0).sample(range(len(read)), min(texts, len(read))))
+        with Bar("texts") as progress:
             found = inspect_labelled(
-                loaded, tokenizer, texts[:kept], labels[:kept], progress=progress, **options
+                loaded,
+                tokenizer,
+                [read[i] for i in kept],
+                [classes[i] for i in kept],
+                progress=progress,
+                **options,
             )
-        else:
-            found = inspect_text(loaded, tokenizer, texts, tokens=tokens, progress=progress, **options)
+    else:
+        read, source = _plain(data, column)
+        with Bar("tokens") as progress:
+            found = inspect_text(loaded, tokenizer, read, tokens=tokens, progress=progress, **options)
     if json_:
         as_json(
             {
@@ -110,32 +124,46 @@ def _load(model: str, attention: str | None) -> tuple[Any, Any, bool]:
     return loaded, tokenizer, classifies
 
 
-def _texts(
-    data: str | None, column: str | None, label: str | None, classifies: bool
-) -> tuple[list[str], list[int], str]:
-    """Texts, their classes where the model has some, and what to call them."""
+def _plain(data: str | None, column: str | None) -> tuple[list[str], str]:
+    """Texts for a language model and what to call them."""
     if data is None:
-        if classifies:
-            raise ConfigError("a classifier needs labelled texts; give them with --data FILE")
         from uncollapse.studies.testbeds.text import source_files
 
         sources = [path.read_text(encoding="utf-8", errors="replace") for path in source_files()]
-        return [text for text in sources if text], [], "sources of Python's standard library"
+        return [text for text in sources if text], "sources of Python's standard library"
     path = Path(data).expanduser()
     if path.is_file() and path.suffix.lower() not in _FORMATS:
-        if classifies:
-            raise ConfigError(f"{path}: a classifier needs labelled texts, as CSV, JSONL or Parquet")
-        return [path.read_text(encoding="utf-8", errors="replace")], [], path.name
+        return [path.read_text(encoding="utf-8", errors="replace")], path.name
     rows = _rows(data, path)
     name = _column(rows, column, _COLUMNS, "--column")
-    texts = [str(text) for text in rows[name] if text is not None]
-    labels = []
-    if classifies:
-        values = rows[_column(rows, label, _LABELS, "--label")]
-        if not all(isinstance(value, int) and value >= 0 for value in values):
-            raise DataError(f"{data}: classes have to be numbers from 0; map them as the model's config does")
-        texts, labels = [str(text) for text in rows[name]], list(values)
-    return texts, labels, data
+    return [str(text) for text in rows[name] if text is not None], data
+
+
+def _labelled(
+    data: str | None, column: str | None, label: str | None, known: Mapping[str, int]
+) -> tuple[list[str], list[int], str]:
+    """Texts, their classes and what to call them; rows without a text are left out. `known`: names of classes."""
+    if data is None:
+        raise ConfigError("a classifier needs labelled texts; give them with --data FILE")
+    path = Path(data).expanduser()
+    if path.is_file() and path.suffix.lower() not in _FORMATS:
+        raise ConfigError(f"{path}: a classifier needs labelled texts, as CSV, JSONL or Parquet")
+    rows = _rows(data, path)
+    texts, values = (
+        rows[_column(rows, column, _COLUMNS, "--column")],
+        rows[_column(rows, label, _LABELS, "--label")],
+    )
+    pairs = [
+        (str(text), known.get(value, value))
+        for text, value in zip(texts, values, strict=True)
+        if text is not None
+    ]
+    for _, value in pairs:
+        if not isinstance(value, int) or value < 0:
+            raise DataError(
+                f"{data}: {value!r} is no class; give numbers from 0, or names of the model: {', '.join(known)[:120]}"
+            )
+    return [text for text, _ in pairs], [value for _, value in pairs], data
 
 
 def _rows(data: str, path: Path) -> Any:
@@ -143,6 +171,10 @@ def _rows(data: str, path: Path) -> Any:
 
     datasets.disable_progress_bars()
     name, _, split = data.partition(":")
+    if not path.is_file() and (
+        path.suffix.lower() in (*_FORMATS, ".txt") or path.is_absolute() or name.count("/") > 1
+    ):
+        raise DataError(f"{data} does not exist")  # no name of a data set: the Hub need not be asked
     try:
         if path.is_file():
             kind = _FORMATS[path.suffix.lower()]

@@ -50,6 +50,11 @@ class RewardTable:
     logp: np.ndarray | None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def unscored(self) -> int:
+        """Completions with a reward missing."""
+        return int(np.isnan(self.rewards).any(1).sum())
+
 
 def read_rewards(
     path: Path, rewards: Sequence[str] = (), names: Mapping[str, str] | None = None

@@ -135,8 +135,11 @@ def audit_completions(
         raise ConfigError(f"temperature {alpha:g} has to be above 0; the hard policy is reported beside it")
     if not (shift >= 0 and np.isfinite(shift)):
         raise ConfigError(f"shift {shift:g} has to be a number >= 0, in units of the reward")
-    if np.isinf(scores).any():
-        raise DataError("a reward is infinite; beside it no other reward decides anything")
+    infinite = np.isinf(scores).any(1)
+    if infinite.any():
+        raise DataError(
+            f"the reward of completion {int(infinite.argmax())} (from 0) is infinite; beside it no other reward decides anything"
+        )
     if len(prompt) != len(scores) or (len(prompt) and prompt.min() < 0):
         raise DataError(
             f"{len(prompt)} prompt numbers for {len(scores)} rows of rewards; give one from 0 for each"
