@@ -64,15 +64,13 @@ def headline(found: Inspection) -> str:
         return "No attention was seen"
     table = marked_heads(found.heads)
     count = len(table["collapsed"])
-    ill = int(table["collapsed"].sum())
-    if ill:
-        return f"{ill} of {count} heads have collapsed"
-    sinks = int(table["sink"].sum())
-    return (
-        f"No head has collapsed; {sinks} of {count} rest on the first key"
-        if sinks
-        else "No head has collapsed"
-    )
+    ill, sinks, uniform = (int(table[kind].sum()) for kind in ("collapsed", "sink", "uniform"))
+    said = [f"{ill} of {count} heads have collapsed" if ill else "No head has collapsed"]
+    if sinks and not ill:
+        said.append(f"{sinks} of {count} rest on the first key")
+    if uniform:
+        said.append(f"{uniform} of {count} are nearly uniform")
+    return "; ".join(said)
 
 
 def _lead(found: Inspection) -> list[str]:
