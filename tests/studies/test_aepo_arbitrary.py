@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from uncollapse.policy.aepo_arbitrary import expected_aux_gradient, group_advant
 from uncollapse.studies.aepo_arbitrary import STUDY, bandits, experiment
 from uncollapse.studies.aepo_arbitrary.bandits import Setting, run, run_divided_after_control, worst_offset
 from uncollapse.studies.aepo_arbitrary.experiment import ALPHAS, Size, token_arms, train_tokens, trial_count
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.modsum import ModSum
 
 
@@ -75,35 +73,22 @@ def test_training_on_tokens_is_repeatable() -> None:
         assert len(runs[0]["entropy"]) == 1
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Size(
         control_steps=4, steps=3, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=10
     )
     monkeypatch.setattr(experiment, "QUICK", tiny)
     monkeypatch.setattr(experiment, "train_tokens", _small_tokens)
     seen: list[tuple[int, int]] = []
-    outcome = run_study(
+    outcome, missing = smoke(
         STUDY,
-        quick=True,
-        output=tmp_path,
-        work=tmp_path / "work",
+        lambda name: name.endswith("largest-entropy"),
         progress=lambda done, total, what: seen.append((done, total)),
     )
     assert seen[-1] == (trial_count(tiny), trial_count(tiny))
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    for claim in STUDY.claims:
-        for bound in claim.criterion.bounds:
-            assert bound.statistic in outcome.measurements.estimates
-    missing = {s for o in STUDY.observations for s in o.statistics} - set(outcome.measurements.estimates)
     assert missing == {"boundary/std/512/largest-entropy", "boundary/std/4096/largest-entropy"}
     assert f"groups/std-4/alpha-{ALPHAS[0]:g}/entropy" in outcome.measurements.estimates
 
 
 def _small_tokens(made: object, seed: int, steps: int) -> dict[str, list[float]]:
     return train_tokens(made, seed, steps, task=ModSum(prompts=2, length=2, vocab=3))
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("aepo-arbitrary") is STUDY

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from uncollapse.studies.bapo.experiment import (
     train,
     unequal,
 )
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.modsum import ModSum
 from uncollapse.studies.testbeds.walk import Walk
 
@@ -105,20 +103,9 @@ def test_the_rule_holds_where_only_improbable_actions_are_set_free() -> None:
     assert 0 < found["high/states"] < 1
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", Size(2, 3, 1, 1, 2, 50))
     monkeypatch.setattr(experiment, "Walk", lambda: SMALL)
     monkeypatch.setattr(experiment, "ModSum", lambda: ModSum(prompts=2, length=2, vocab=3))
     monkeypatch.setattr(experiment, "LEVELS", (0.0,))
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    found = set(outcome.measurements.estimates)
-    assert {b.statistic for claim in STUDY.claims for b in claim.criterion.bounds} <= found
-    assert {claim.effect for claim in STUDY.claims} <= found
-    assert {s for o in STUDY.observations for s in o.statistics} <= found
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("bapo") is STUDY
+    smoke(STUDY)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from uncollapse.studies.cure.experiment import (
     train,
     two_stages,
 )
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.engine import LogitsEngine
 from uncollapse.studies.testbeds.modsum import ModSum, ModSumLab, TablePolicy, exact_reward
 from uncollapse.studies.testbeds.opening import OpeningLab, opening_reward, state_values
@@ -122,18 +120,9 @@ def test_a_model_s_branches_continue_its_answers() -> None:
         assert 1 <= row["random-expected-distinct"] <= 3
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", TINY)
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    for claim in STUDY.claims:
-        for bound in claim.criterion.bounds:
-            assert bound.statistic in outcome.measurements.estimates
-    named = {s for o in STUDY.observations for s in o.statistics}
-    missing = named - set(outcome.measurements.estimates)
-    assert all(name.startswith("modsum/cure/bias/") for name in missing)
+    smoke(STUDY, lambda name: name.startswith("modsum/cure/bias/"))
 
 
 def test_without_the_model_the_rest_of_the_study_stands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +133,3 @@ def test_without_the_model_the_rest_of_the_study_stands(monkeypatch: pytest.Monk
     found = language.branch_a_model("smollm2-135m", prompts=2, tokens=4)
     assert found["prompts"] == []
     assert experiment._language(found) == {}
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("cure") is STUDY

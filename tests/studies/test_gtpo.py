@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from uncollapse.policy.gtpo import LN2
 from uncollapse.policy.recipe import Recipe
 from uncollapse.studies.gtpo import STUDY, experiment
 from uncollapse.studies.gtpo.experiment import Size, _disfavoured_tags, arms, high_start, one_step, train
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds import tags
 from uncollapse.studies.testbeds.charlm import decode, encode, pad_right
 
@@ -85,19 +83,7 @@ def test_a_flattened_model_is_above_ln_2_and_spared() -> None:
     assert set(found["entropy_filter/kept/frac"]) == {1.0}
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", TINY)
     monkeypatch.setattr(experiment, "PROMPTS", 2)
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    for claim in STUDY.claims:
-        for bound in claim.criterion.bounds:
-            assert bound.statistic in outcome.measurements.estimates
-    for observation in STUDY.observations:
-        assert set(observation.statistics) <= set(outcome.measurements.estimates)
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("gtpo") is STUDY
+    smoke(STUDY)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from uncollapse.studies.linguistic_collapse.ladder import (
     windows,
 )
 from uncollapse.studies.linguistic_collapse.real_model import real_model
-from uncollapse.studies.study import run_study, study
 
 pytest.importorskip("tokenizers")
 SMALL = Ladder(
@@ -38,10 +36,6 @@ SMALL = Ladder(
     held_out_windows=4,
     siblings=2,
 )
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("linguistic-collapse") is STUDY
 
 
 def test_rungs_have_every_size_and_seeds_of_their_own() -> None:
@@ -118,7 +112,7 @@ def test_without_weights_the_study_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("note", ["", "not measured: no weights"])
-def test_the_study_runs_end_to_end(note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(note: str, smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def seen(parts: int, windows: int, held_out: int) -> dict[str, object]:
         values = torch.rand(parts, generator=torch.Generator().manual_seed(0)).tolist()
         pieces = [dict.fromkeys(experiment.REAL, value) for value in values]
@@ -126,13 +120,5 @@ def test_the_study_runs_end_to_end(note: str, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(experiment, "QUICK", replace(QUICK, ladder=SMALL, epochs=1))
     monkeypatch.setattr(experiment, "real_model", seen)
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    known = set(outcome.measurements.estimates)
-    needed = {b.statistic for claim in STUDY.claims for b in claim.criterion.bounds}
-    needed |= {claim.effect for claim in STUDY.claims} | {s for o in STUDY.observations for s in o.statistics}
-    missing = needed - known
-    assert all(name.startswith("smollm2") for name in missing)
+    _, missing = smoke(STUDY, lambda name: name.startswith("smollm2"))
     assert bool(missing) == bool(note)

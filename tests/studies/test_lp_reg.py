@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from uncollapse.studies.lp_reg import STUDY, experiment
 from uncollapse.studies.lp_reg.experiment import Size, arms, fixed_point, mechanism, outcome, sign_test
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds import sparks
 from uncollapse.studies.testbeds.charlm import EOS, RECHECK, decode, encode, pad_right
 
@@ -73,15 +71,6 @@ def test_arms_of_a_seed_start_from_one_policy() -> None:
     assert len(runs[0]["step"]) == 2
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", TINY)
-    result = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in result.results] == [None] * len(STUDY.claims)
-    assert result.figure is not None
-    known = set(result.measurements.estimates)
-    assert {b.statistic for c in STUDY.claims for b in c.criterion.bounds} <= known
-    assert {s for o in STUDY.observations for s in o.statistics} <= known
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("lp-reg") is STUDY
+    smoke(STUDY)

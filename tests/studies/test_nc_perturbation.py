@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -29,12 +27,7 @@ from uncollapse.studies.nc_perturbation.theory import (
     spectrum_trial,
     tied_trial,
 )
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.digits import digits
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("nc-perturbation") is STUDY
 
 
 def test_problems_differ_and_repeat() -> None:
@@ -129,15 +122,7 @@ def test_rank_correlation_leaves_the_input_out() -> None:
     assert rank_correlation([0.0, 3.0, 2.0, 1.0]) == pytest.approx(-1)
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", Size(2, 2, (0.1,), 2, 3, 4, 4))
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    estimates = outcome.measurements.estimates
-    for claim in STUDY.claims:
-        assert claim.effect in estimates
-        assert {bound.statistic for bound in claim.criterion.bounds} <= set(estimates)
-    assert {name for one in STUDY.observations for name in one.statistics} <= set(estimates)
+    smoke(STUDY)
     assert set(theory.BETAS) >= {100.0}

@@ -1,21 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from uncollapse.studies import pld
 from uncollapse.studies.pld import KD, QUICK, STUDY, arms, estimates_of, shuffled, train, tuned
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.distillation import Rows, taught_task, train_teacher
 
 SMALL = replace(QUICK.linear, steps=3, teacher_steps=3)
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("pld") is STUDY
 
 
 def test_every_arm_trains_the_same_student_on_its_own_loss() -> None:
@@ -65,17 +59,10 @@ def test_the_best_temperature_is_the_best_on_average() -> None:
     assert found["mlp/teacher-minus-ce"].value == pytest.approx(0.4)
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"steps": 1, "teacher_steps": 1}
     monkeypatch.setattr(
         pld, "QUICK", replace(QUICK, linear=replace(QUICK.linear, **small), mlp=replace(QUICK.mlp, **small))
     )
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * 6
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    known = set(outcome.measurements.estimates)
-    for claim in STUDY.claims:
-        assert {bound.statistic for bound in claim.criterion.bounds} | {claim.effect} <= known
-    assert {s for o in STUDY.observations for s in o.statistics} <= known
+    outcome, _ = smoke(STUDY)
     assert set(outcome.record["details"]["kd_mean_test_accuracy"]["mlp"]) == set(KD)

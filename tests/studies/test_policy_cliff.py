@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -20,7 +18,6 @@ from uncollapse.studies.policy_cliff.experiment import (
     train_two_formats,
     tree_profile,
 )
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
 from uncollapse.studies.testbeds.two_formats import (
     FormatPolicy,
@@ -123,18 +120,6 @@ def test_training_is_repeatable_and_learns() -> None:
     assert 0 <= one["share"] <= 1
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", Size(2, 2, 3, 1, 1, 2, 2))
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    estimates = outcome.measurements.estimates
-    for claim in STUDY.claims:
-        assert claim.effect in estimates
-        assert {bound.statistic for bound in claim.criterion.bounds} <= set(estimates)
-    assert {name for one in STUDY.observations for name in one.statistics} <= set(estimates)
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("policy-cliff") is STUDY
+    smoke(STUDY)

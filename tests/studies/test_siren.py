@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +10,9 @@ from uncollapse.errors import ConfigError
 from uncollapse.policy.siren import nucleus_entropy, peak_entropy_mask, peak_entropy_mean
 from uncollapse.studies.siren import DRAWN, STUDY, experiment
 from uncollapse.studies.siren.experiment import Size, arms, peak_entropy, real_model, train, upward_push
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.long_tail import LongTail, make
 
 SMALL = LongTail(prompts=2, length=6, vocab=20, rank=3, keys=1, accepted=3, candidates=6)
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("siren") is STUDY
 
 
 def test_arms_differ_in_the_entropy_term_alone() -> None:
@@ -71,17 +65,9 @@ def test_without_weights_the_study_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("note", ["", "not measured: no weights"])
-def test_the_study_runs_end_to_end(note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(note: str, smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed = {"naive": 0.5, "siren": 0.0, "tail_mass": 0.2, "nucleus_size": 9.0}
     monkeypatch.setattr(experiment, "QUICK", Size(SMALL, seeds=2, steps=2))
     monkeypatch.setattr(experiment, "real_model", lambda rows, tokens: {"note": note, **pushed})
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    known = set(outcome.measurements.estimates)
-    for claim in STUDY.claims:
-        assert {bound.statistic for bound in claim.criterion.bounds} | {claim.effect} <= known
-    missing = {s for o in STUDY.observations for s in o.statistics} - known
-    assert all(name.startswith("smollm2") for name in missing)
+    _, missing = smoke(STUDY, lambda name: name.startswith("smollm2"))
     assert bool(missing) == bool(note)

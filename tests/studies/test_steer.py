@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from uncollapse.policy.stats import Entropy, Logp
 from uncollapse.policy.steer import Steer
 from uncollapse.studies.steer import STUDY, bandits, experiment, training
 from uncollapse.studies.steer.training import Shuffled, arms, extreme_arms
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.modsum import ModSum
 
 TINY = ModSum(prompts=3, length=3, vocab=4)
@@ -93,21 +91,9 @@ def test_first_order_change_is_that_of_a_small_step() -> None:
     torch.testing.assert_close(predicted, moved[visited].abs() / 1e-6, rtol=1e-3, atol=1e-5)
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "QUICK", experiment.Size(1, 60, 1, 6, 1, 6))
     train, twins = training.train, training.twins
     monkeypatch.setattr(training, "train", lambda *a, **k: train(*a, **k, task=TINY))
     monkeypatch.setattr(training, "twins", lambda *a, **k: twins(*a, **k, task=TINY))
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    known = outcome.measurements.estimates
-    for claim in STUDY.claims:
-        assert claim.effect in known
-        assert all(bound.statistic in known for bound in claim.criterion.bounds)
-    assert all(name in known for one in STUDY.observations for name in one.statistics)
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("steer") is STUDY
+    smoke(STUDY)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uncollapse.errors import DataError
-from uncollapse.studies.testbeds.engine import Given
+from uncollapse.studies.testbeds.drawing import Given, draw_token
 
 ALPHABET = "0123456789+=;?!$_"
 """Characters by id: digits, `+`, `=`, `;`, re-check, end of thinking, end of text, padding."""
@@ -246,11 +246,7 @@ def sample(
     for place, number in enumerate(uniform.unbind(1)):
         logits, cache = model.extend(new, seen, cache)
         logp = (logits[:, -1] / temperature).log_softmax(-1)
-        # rounding may leave the last entry of the cumulative distribution below 1, hence the clamp
-        token = (logp.exp().cumsum(-1) <= number[:, None]).sum(-1).clamp(max=PAD - 1)
-        if given is not None and place < given[0].shape[1]:
-            token = torch.where(given[1][:, place], given[0][:, place], token)
-        token = torch.where(alive, token, PAD)
+        token = torch.where(alive, draw_token(logp.exp().cumsum(-1), number, place, given), PAD)
         columns.append(
             (token, alive, torch.where(alive, logp.gather(1, token.clamp(max=PAD - 1)[:, None])[:, 0], 0.0))
         )

@@ -9,19 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from uncollapse.policy.batch import Batch, Clock, Stat
 from uncollapse.policy.metrics import rollout_stats
 from uncollapse.policy.recipe import LossReport, Recipe
-
-Given: TypeAlias = tuple[Int[Tensor, "row start"], Bool[Tensor, "row start"]]
-"""Tokens that stand at the start of each row instead of drawn ones: ids, and where they are."""
+from uncollapse.studies.testbeds.drawing import Given
 
 
 @runtime_checkable

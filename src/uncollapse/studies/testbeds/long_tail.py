@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
-from uncollapse.studies.testbeds.engine import Given
+from uncollapse.studies.testbeds.drawing import Given, draw_prompts
 
 Logits = Float[Tensor, "prompt position vocab"]
 TokenSet = Bool[Tensor, "prompt position vocab"]
@@ -152,8 +152,7 @@ class LongTailLab:
 
     def fresh_prompts(self, count: int, *, seed: int) -> list[int]:
         """Prompts drawn with replacement."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self.world.task.prompts, (count,), generator=generator).tolist()
+        return draw_prompts(self.world.task.prompts, count, seed)
 
     def logits(
         self, policy: Any, prompts: Sequence[int], ids: Int[Tensor, "row time"]

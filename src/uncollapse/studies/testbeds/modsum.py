@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
-from uncollapse.studies.testbeds.engine import Given
+from uncollapse.studies.testbeds.drawing import Given, draw_prompts, draw_token
 
 Table = Float[Tensor, "prompt position state vocab"]
 
@@ -82,10 +82,7 @@ def sample(
     ids = torch.empty(uniform.shape, dtype=torch.long, device=prompt.device)
     for position in range(task.length):
         cumulative = (table[prompt, position, state] / temperature).softmax(-1).cumsum(-1)
-        # rounding may leave the last entry below 1, hence the clamp
-        token = (cumulative <= uniform[:, position, None]).sum(-1).clamp(max=task.vocab - 1)
-        if given is not None and position < given[0].shape[1]:
-            token = torch.where(given[1][:, position], given[0][:, position], token)
+        token = draw_token(cumulative, uniform[:, position], position, given)
         ids[:, position] = token
         state = (state + token) % task.vocab
     return ids
@@ -181,8 +178,7 @@ class ModSumLab:
 
     def fresh_prompts(self, count: int, *, seed: int) -> list[int]:
         """Prompts drawn with replacement; the task has no more than its table."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self.task.prompts, (count,), generator=generator).tolist()
+        return draw_prompts(self.task.prompts, count, seed)
 
     def logits(
         self, policy: Any, prompts: Sequence[int], ids: Int[Tensor, "row time"]

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
-from uncollapse.studies.testbeds.engine import Given
+from uncollapse.studies.testbeds.drawing import Given, draw_prompts, draw_token
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,13 @@ class TwoFormatsLab:
         ids = torch.zeros(len(prompts), 2, dtype=torch.long)
         for time in range(2):
             logits = self.logits(policy, prompts, ids)[:, time]
-            # rounding may leave the last entry below 1, hence the clamp
             cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-            token = (cumulative <= uniform[:, time, None]).sum(-1).clamp(max=self.task.vocab - 1)
-            if given is not None and time < given[0].shape[1]:
-                token = torch.where(given[1][:, time], given[0][:, time], token)
-            ids[:, time] = token
+            ids[:, time] = draw_token(cumulative, uniform[:, time], time, given)
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
     def fresh_prompts(self, count: int, *, seed: int) -> list[int]:
         """Prompts drawn with replacement; the task has no more than its table."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self.task.prompts, (count,), generator=generator).tolist()
+        return draw_prompts(self.task.prompts, count, seed)
 
     def logits(
         self, policy: Any, prompts: Sequence[int], ids: Int[Tensor, "row time"]

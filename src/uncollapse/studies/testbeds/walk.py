@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
-from uncollapse.studies.testbeds.engine import Given
+from uncollapse.studies.testbeds.drawing import Given, draw_prompts, draw_token
 
 Table = Float[Tensor, "prompt place token"]
 
@@ -85,10 +85,7 @@ def sample(
     place, alive = torch.zeros_like(prompt), torch.ones_like(prompt, dtype=torch.bool)
     columns: list[tuple[Tensor, Tensor]] = []
     for position, number in enumerate(uniform.unbind(1)):
-        # rounding may leave the last entry below 1, hence the clamp
-        token = (cumulative[prompt, place] <= number[:, None]).sum(-1).clamp(max=task.stop)
-        if given is not None and position < given[0].shape[1]:
-            token = torch.where(given[1][:, position], given[0][:, position], token)
+        token = draw_token(cumulative[prompt, place], number, position, given)
         columns.append((torch.where(alive, token, 0), alive))
         place = (place + torch.where(token == task.stop, 0, token)) % task.places
         alive = alive & (token != task.stop)
@@ -176,9 +173,7 @@ class WalkLab:
 
     def fresh_prompts(self, count: int, *, seed: int) -> list[int]:
         """Prompts drawn with replacement; the task has no more than its table."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn: list[int] = torch.randint(self.task.prompts, (count,), generator=generator).tolist()
-        return drawn
+        return draw_prompts(self.task.prompts, count, seed)
 
     def logits(
         self, policy: Any, prompts: Sequence[int], ids: Int[Tensor, "row time"]
