@@ -11,6 +11,7 @@ Finished runs are kept below `runs/comparison`, so that the same command continu
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -64,7 +65,8 @@ def contestants() -> dict[str, Any]:
     known = {name: made for name, made in recipes().items() if not made.refusals(offers.TRL)}
     known |= load_recipes(HERE / "comparison.yaml")
     return {
-        name: replace(made, sampler=replace(made.sampler, samples=SAMPLES)) for name, made in known.items()
+        name: replace(copy.deepcopy(made), sampler=replace(made.sampler, samples=SAMPLES))
+        for name, made in known.items()
     }
 
 

@@ -702,7 +702,7 @@ def test_a_plateau_is_seen_in_training_and_survives_a_checkpoint():
     trainer = Trainer(method, LogitsEngine(ModSumLab(task), policy), optimizer)
     branched = [bool((trainer.step([0, 1, 2])[0].columns["branch"] > 0).any()) for _ in range(4)]
     assert branched == [True, True, False, False]
-    state = method.state_dict()
+    state = trainer.recipe.state_dict()
     assert state["stages"]["sampler"]["switched"]
     other = replace(method, sampler=replace(sampler))
     assert not other.sampler.schedule.switched

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from uncollapse.errors import ConfigError
 from uncollapse.measure.covariance import token_covariance
 from uncollapse.policy.entropy_mechanism import entropy_change_first_order
+from uncollapse.policy.registry import recipe
 from uncollapse.studies.testbeds.modsum import (
     ModSum,
     correct,
@@ -22,6 +23,7 @@ from uncollapse.studies.testbeds.modsum import (
     sample,
     state_distribution,
 )
+from uncollapse.studies.testbeds.training import train_modsum
 
 SMALL = ModSum(prompts=3, length=3, vocab=4)
 
@@ -139,3 +141,11 @@ def test_impossible_tasks_are_refused() -> None:
     with pytest.raises(ConfigError, match="vocabulary of 2"):
         ModSum(vocab=1)
     assert math.isclose(ModSum(length=1).max_entropy_optimum, 0.0)
+
+
+def test_runs_from_one_recipe_share_no_memory() -> None:
+    task, shared = ModSum(prompts=2, length=2, vocab=3), recipe("siren")
+    runs = [train_modsum(shared, seed, 4, task=task) for seed in (0, 1)]
+    fresh = [train_modsum(recipe("siren"), seed, 4, task=task) for seed in (0, 1)]
+    assert runs == fresh
+    assert recipe("siren").regularizers[0].term.memory.value is None

@@ -163,7 +163,7 @@ class Trainer:
     """The life cycle of a step, as written in the documentation of the policy layer.
 
     `minibatches` optimiser steps per rollout batch, each split into `microbatches` pieces. The gradient norm is
-    clipped at `max_grad_norm`.
+    clipped at `max_grad_norm`. The recipe is copied: what its stages remember belongs to this run alone.
     """
 
     recipe: Recipe
@@ -177,6 +177,7 @@ class Trainer:
     steps_done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.recipe = copy.deepcopy(self.recipe)
         self.recipe.check("the testbed", self.engine.offers)
         self.engine.temperature = self.recipe.sampler.temperature
 
