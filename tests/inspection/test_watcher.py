@@ -101,6 +101,58 @@ def test_a_classifier_without_attention():
     assert "labels=" in blind.result().absent["classes"]
 
 
+@torch.no_grad()
+def test_sequences_and_rows_that_are_not_finite_are_left_out_and_counted(llama):
+    ids = tokens()
+    with uncollapse.watch(llama) as clean:
+        llama(input_ids=ids[:2])
+
+    def poison(module, args, output):
+        if len(output) == 3:
+            output = output.clone()
+            output[2, 3] = torch.inf
+        return output
+
+    handle = llama.model.embed_tokens.register_forward_hook(poison)
+    with uncollapse.watch(llama) as seen:
+        llama(input_ids=ids)
+    handle.remove()
+    expected, found = clean.scalars(by_layer=True), seen.scalars(by_layer=True)
+    assert found["attention/nonfinite/rows"] == 3 * 4 * 9
+    assert found["features/nonfinite/rows"] == 3 * 9  # a weight of 0 does not stop NaN
+    assert found["nc/nonfinite/rows"] == 8
+    for name in expected:
+        if name.startswith("attention/") and "nonfinite" not in name:
+            assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert "left out" in seen.result().absent["nonfinite attention"]
+
+
+@torch.no_grad()
+def test_a_model_full_of_nan_gives_no_numbers_and_the_reasons(llama):
+    for parameter in llama.parameters():
+        parameter.fill_(torch.nan)
+    with uncollapse.watch(llama) as seen:
+        llama(input_ids=tokens())
+    found = seen.result(weights=True)
+    assert all("NaN" in found.absent[part] for part in ("attention", "features", "classes", "weights"))
+    assert found.scalars()["features/nonfinite/rows"] == 3 * 9 * 3
+    seen.clear()
+    assert not any(seen.result().nonfinite.values())
+
+
+@torch.no_grad()
+def test_blocks_of_changing_width_and_float64_beyond_its_squares():
+    model = nn.Sequential(nn.Identity(), nn.Identity()).double()
+    with uncollapse.watch(model, attention=False) as seen:
+        model(torch.randn(4, 3, dtype=torch.double))
+        model(torch.randn(4, 5, dtype=torch.double))
+        model(torch.full((4, 3), 1e200, dtype=torch.double))
+    found = seen.result()
+    assert found.blocks["0"].rows == 4
+    assert "another width" in found.absent["features"]
+    assert found.nonfinite["features"] == 8
+
+
 def test_labels_of_a_call_and_ignored_ones():
     head, kept = nn.Linear(4, 3), []
     model = nn.Sequential(head)

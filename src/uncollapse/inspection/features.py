@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.attention import padding_of
+from uncollapse.inspection.finite import finite_rows
 from uncollapse.measure.spectra import SecondMoment, effective_rank, participation_ratio
 
 Classes = Int[Tensor, "*row"]
@@ -126,15 +127,28 @@ class FeatureSpread:
 
 
 class SpreadTally:
-    """Second moments of the outputs of blocks, streamed; holds one width x width matrix a block."""
+    """Second moments of the outputs of blocks, streamed; holds one width x width matrix a block.
+
+    Attributes:
+        left_out: rows that contained NaN or inf.
+        uneven: blocks whose width changed from pass to pass; those of another width than the first are not counted.
+    """
 
     def __init__(self) -> None:
         self._moments: dict[str, SecondMoment] = {}
+        self.left_out = 0
+        self.uneven: set[str] = set()
 
     def add(self, name: str, features: Float[Tensor, "row feature"]) -> None:
-        """Take rows of features of one block."""
+        """Take rows of features of one block; never raises."""
         moment = self._moments.get(name) or SecondMoment.empty(features.shape[-1], features.device)
-        self._moments[name] = moment.add(features)
+        if features.shape[-1] != len(moment.mean):
+            self.uneven.add(name)
+            return
+        kept = finite_rows(features)
+        bad = int((~kept).sum())
+        self.left_out += bad
+        self._moments[name] = moment.add(features[kept] if bad else features)
 
     @property
     def blocks(self) -> dict[str, FeatureSpread]:
@@ -150,6 +164,8 @@ class SpreadTally:
     def clear(self) -> None:
         """Forget what was seen."""
         self._moments.clear()
+        self.left_out = 0
+        self.uneven.clear()
 
 
 @contextmanager

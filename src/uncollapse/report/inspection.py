@@ -216,7 +216,7 @@ def _features(found: Inspection) -> Section:
             "features",
             "Features",
             "Features",
-            missing="No blocks were found: a list of layers of the same kind.",
+            missing=found.absent.get("features", "They were not watched."),
         )
     ranks = np.array([one.effective_rank for one in found.blocks.values()])
     part = np.array([one.participation for one in found.blocks.values()])
@@ -272,7 +272,12 @@ def _classes(found: Inspection) -> Section:
 
 def _weights(found: Inspection) -> Section:
     if not found.weights:
-        return Section("weights", "Weights", "Weights", missing="Their spectra were not asked for.")
+        return Section(
+            "weights",
+            "Weights",
+            "Weights",
+            missing=found.absent.get("weights", "Their spectra were not asked for."),
+        )
     by_norm = sorted(found.weights, key=lambda one: -one.spectral_norm)[:_SHOWN]
     by_rank = sorted(found.weights, key=lambda one: one.effective_rank / min(one.shape))[:_SHOWN]
     columns = ("weight", "shape", "spectral norm", "effective rank", "stable rank")
