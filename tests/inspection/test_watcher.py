@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import uncollapse
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.features import blocks_of, head_inputs, head_of
+from uncollapse.inspection.classes import head_inputs
+from uncollapse.inspection.features import blocks_of, head_of
 from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
 from uncollapse.measure.class_statistics import StreamingNC
 from uncollapse.measure.neural_collapse import nc_metrics

@@ -38,7 +38,7 @@ def inspect(
 ) -> None:
     """Look into a model: attention entropy per head, spread of features, neural collapse at the head, spectra of weights.
 
-    Works for any causal language model or text classifier of Hugging Face, with eager, SDPA or flash attention: entropies are
+    Works for causal and masked language models and text classifiers of Hugging Face, with eager, SDPA or flash attention: entropies are
     recomputed from queries and keys, a few rows at a time. From Python, for any torch model: `with uncollapse.watch(model):`.
 
     Examples: `uncollapse inspect smollm2-135m --html page.html`; `uncollapse inspect ./checkpoint-500 --data corpus.jsonl`;
@@ -112,16 +112,15 @@ def inspect(
 
 
 def _load(model: str, attention: str | None) -> tuple[Any, Any, bool]:
-    from uncollapse.models import is_classifier, load, load_classifier
+    from uncollapse.models import load_as_saved
 
-    classifies = is_classifier(model)
-    loaded, tokenizer = load_classifier(model) if classifies else load(model)
+    loaded, tokenizer = load_as_saved(model)
     if attention is not None:
         try:
             loaded.set_attn_implementation(attention)
         except (ImportError, ValueError, KeyError) as error:
             raise ConfigError(f"--attention {attention}: {' '.join(str(error).split())[:160]}") from error
-    return loaded, tokenizer, classifies
+    return loaded, tokenizer, type(loaded).__name__.endswith("ForSequenceClassification")
 
 
 def _plain(data: str | None, column: str | None) -> tuple[list[str], str]:

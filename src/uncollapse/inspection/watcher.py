@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.inspection.attention import (
@@ -25,12 +26,11 @@ from uncollapse.inspection.attention import (
     marked_heads,
     no_attention,
 )
+from uncollapse.inspection.classes import ClassSource, head_inputs
 from uncollapse.inspection.features import (
-    Classes,
     FeatureSpread,
     SpreadTally,
     block_outputs,
-    head_inputs,
     head_of,
 )
 from uncollapse.inspection.finite import FiniteAttention, finite_rows
@@ -122,15 +122,15 @@ class Watcher:
         attention: bool,
         features: bool,
         head: nn.Module | None,
-        classes: Callable[[], Classes | None] | None,
+        classes: ClassSource,
     ) -> None:
-        self.model = model
+        self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self._attention, self._features = attention, features
         self._head, self._classes = head, classes
         self._tally, self._spread = FiniteAttention(), SpreadTally()
         self._moments: StreamingNC | None = None
         self._left_out = 0
-        self._absent: dict[str, str] = {}
+        self._headless = self._missed = self._refused = ""
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Watcher:
@@ -147,10 +147,17 @@ class Watcher:
                     try:
                         self._head = head_of(self.model)
                     except ConfigError as error:
-                        self._absent["classes"] = str(error)
+                        self._headless = str(error)
                 if self._head is not None:
-                    seen = self._with_classes(self._head)
-                    stack.enter_context(head_inputs(self.model, seen, classes=self._classes, head=self._head))
+                    stack.enter_context(
+                        head_inputs(
+                            self.model,
+                            self._with_classes(self._head),
+                            classes=self._classes,
+                            head=self._head,
+                            missed=self._miss,
+                        )
+                    )
             self._stack = stack.pop_all()
         return self
 
@@ -171,15 +178,19 @@ class Watcher:
             features, classes = features[kept], classes[kept]
             if not len(classes):
                 return
-            if self._moments is None:
+            moments = self._moments
+            if moments is None:
                 count = width or int(classes.max()) + 1
-                self._moments = StreamingNC(count, features.shape[-1], device=features.device)
+                moments = StreamingNC(count, features.shape[-1], device=features.device)
             try:
-                self._moments.update(features, classes)
+                self._moments = moments.update(features, classes)
             except DataError as error:  # a class that the head has no row for
-                self._absent["classes"] = str(error)
+                self._refused = str(error)
 
         return seen
+
+    def _miss(self, reason: str) -> None:
+        self._missed = reason
 
     def clear(self) -> None:
         """Forget what was seen so far."""
@@ -187,7 +198,7 @@ class Watcher:
         self._spread.clear()
         self._moments = None
         self._left_out = 0
-        self._absent.clear()
+        self._missed = self._refused = ""
 
     def result(self, *, weights: bool = False) -> Inspection:
         """What was seen so far, be it nothing; `weights` adds their spectra, seconds for a hundred million of them.
@@ -195,14 +206,7 @@ class Watcher:
         Raises nothing, whatever the model holds: what cannot be computed is in `absent`.
         """
         blocks, heads = self._spread.blocks, self._tally.layers
-        absent = self._without_attention() | self._without_features() | self._absent
-        if self._features and self._moments is None:
-            absent.setdefault(
-                "classes",
-                f"all {self._left_out} features at the head contain NaN or inf"
-                if self._left_out
-                else "no classes were given; a classifier needs labels= in its forward pass or watch(classes=...)",
-            )
+        absent = self._without_attention() | self._without_features() | self._without_classes()
 
         def computed(part: str, compute: Callable[[], _Found]) -> _Found | None:
             try:
@@ -263,6 +267,16 @@ class Watcher:
             return {"features": f"all {spread.left_out} rows contain NaN or inf"}
         return {"features": "no blocks were seen at work: a list of layers of the same kind"}
 
+    def _without_classes(self) -> dict[str, str]:
+        """Why the features at the head, or some of them, are not there."""
+        if self._refused:
+            return {"classes": self._refused}
+        if not self._features or self._moments is not None:
+            return {}
+        if self._left_out:
+            return {"classes": f"all {self._left_out} features at the head contain NaN or inf"}
+        return {"classes": self._headless or self._missed or "the head saw no feature with a class"}
+
     def _collapse(self) -> tuple[CollapseReport | None, NCReport | None]:
         moments = self._moments
         if moments is None:
@@ -289,7 +303,7 @@ def watch(
     attention: bool = True,
     features: bool = True,
     head: nn.Module | None = None,
-    classes: Callable[[], Classes | None] | None = None,
+    classes: ClassSource = None,
 ) -> Watcher:
     """Watch a PyTorch model in a `with` block: attention entropy per head, spread of features, neural collapse at the head.
 
@@ -299,9 +313,10 @@ def watch(
     Args:
         attention: recompute the rows of every attention from its queries and keys, a few at a time.
         features: spread of the output of every block, and class statistics of what the head reads.
-        head: the layer that reads the features; by default the output embeddings or the last linear layer.
-        classes: gives the classes of the current batch (shape of the features without the last axis); language models
-            take the next token, and models that are called with `labels=` those.
+        head: the layer that reads the features; by default the output embeddings, a classifier by name, or the last linear
+            layer outside of the blocks.
+        classes: a function that gives the classes of the current batch, one a feature or one a text, or "next_token". Without
+            it, causal language models of transformers take the next token, and all others the `labels=` they are called with.
     """
     return Watcher(model, attention=attention, features=features, head=head, classes=classes)
 

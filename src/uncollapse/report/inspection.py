@@ -253,7 +253,7 @@ def _classes(found: Inspection) -> Section:
     )
     lead = (
         f"{report.samples:,} features of {report.classes:,} classes ({report.singletons:,} of them with one sample). "
-        "For a language model the class is the next token."
+        "For a causal language model the class is the next token."
     )
     blocks: list[Block] = [TableBlock(("what it says", "metric", "value"), rows)]
     if found.frames is not None:
