@@ -142,6 +142,45 @@ def test_a_model_full_of_nan_gives_no_numbers_and_the_reasons(llama):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("attention", [True, False])
+def test_torch_s_encoder_on_its_way_of_nested_tensors(attention):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = padding[:, 4:] = True
+    plain = encoder(x, src_key_padding_mask=padding)
+    with uncollapse.watch(encoder, attention=attention) as seen:
+        same = encoder(x, src_key_padding_mask=padding)
+        encoder(x)
+    torch.testing.assert_close(same, plain)
+    assert not same[padding].any()
+    encoder.use_nested_tensor = False
+    with uncollapse.watch(encoder, attention=attention) as expected:
+        encoder(x, src_key_padding_mask=padding)
+        encoder(x)
+    found = seen.scalars(by_layer=True)
+    assert found == pytest.approx(expected.scalars(by_layer=True), rel=1e-6)
+    assert [block.rows for block in seen.result().blocks.values()] == [11 + 15] * 2
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+
+
+@torch.no_grad()
+def test_padding_of_torch_s_layers_with_time_first_is_left_out():
+    layer = nn.TransformerEncoderLayer(16, 2, 24)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, padding = torch.randn(5, 5, 16), torch.zeros(5, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    x[3:, 1] = 1e4
+    with uncollapse.watch(encoder) as seen:
+        encoder(x, src_key_padding_mask=padding)
+        hidden = encoder.layers[0](x, src_key_padding_mask=padding).transpose(0, 1)[~padding].double()
+    assert seen.result().blocks["layers.0"].effective_rank == pytest.approx(
+        float(effective_rank(singular_values(hidden - hidden.mean(0)))), rel=1e-4
+    )
+
+
+@torch.no_grad()
 def test_blocks_of_changing_width_and_float64_beyond_its_squares():
     model = nn.Sequential(nn.Identity(), nn.Identity()).double()
     with uncollapse.watch(model, attention=False) as seen:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.arguments import arguments_of, real_tokens
 from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, KeyMasks, attention_calls
+from uncollapse.inspection.nested import padded_layers
 from uncollapse.measure.attention import AttentionRows
 
 COLLAPSED = 0.05
@@ -182,7 +183,8 @@ def padding_of(model: nn.Module) -> Iterator[PaddingMask]:
         lambda module, args, kwargs: padding.read(arguments_of(module, args, kwargs)), with_kwargs=True
     )
     try:
-        yield padding
+        with padded_layers(model):
+            yield padding
     finally:
         handle.remove()
 

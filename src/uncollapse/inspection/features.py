@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -136,11 +137,20 @@ def block_outputs(
 ) -> Iterator[None]:
     """Within the context, call `seen` with the output of every block, as rows; padding tokens are left out."""
 
-    def reading(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def reading(name: str, block: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        time_first = any(
+            isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in block.modules()
+        )
+
         def read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
                 return
+            if hidden.is_nested:  # without padding already
+                seen(name, torch.cat(hidden.detach().unbind()))
+                return
+            if time_first and hidden.ndim == 3:
+                hidden = hidden.transpose(0, 1)
             if hidden.ndim == 4:  # images: one vector a pixel
                 hidden = hidden.movedim(1, -1)
             hidden = hidden.detach()
@@ -154,5 +164,5 @@ def block_outputs(
 
     with padding_of(model) as padding, ExitStack() as stack:
         for name, block in blocks_of(model).items():
-            stack.callback(block.register_forward_hook(reading(name)).remove)
+            stack.callback(block.register_forward_hook(reading(name, block)).remove)
         yield
