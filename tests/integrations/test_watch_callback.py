@@ -38,7 +38,7 @@ def trainer(tmp_path, logger: Logger) -> Trainer:
 def test_every_second_step_is_logged_before_the_loggers_read(tmp_path):
     logger = Logger()
     built = trainer(tmp_path, logger)
-    callback = WatchCallback(every=2, by_layer=True).attach(built)
+    callback = WatchCallback(every=2, by_layer=True, weights=True).attach(built)
     built.train()
     names = ("attention/normalized/mean", "features/effective_rank/last", "nc1/cdnv/mean")
     seen = [row for row in logger.rows if names[0] in row]
@@ -46,6 +46,16 @@ def test_every_second_step_is_logged_before_the_loggers_read(tmp_path):
     assert all(0 < row["attention/normalized/mean"] <= 1 for row in seen)
     assert all(name in row for row in seen for name in names)
     assert any(name.startswith("attention/normalized/model.layers.1") for name in seen[0])
+    layers = [row["attention/logit_norm/model.layers.0.self_attn"] for row in seen]
+    assert len(set(layers)) == 3  # it moves as the model learns
+    assert max(seen[0][f"attention/logit_norm/model.layers.{i}.self_attn"] for i in (0, 1)) == pytest.approx(
+        seen[0]["attention/logit_norm/max"]
+    )
+    assert 0 < seen[0]["weights/effective_rank/share"] <= 1
+    assert seen[0]["weights/spectral_norm/max"] == max(
+        value for name, value in seen[0].items() if name.startswith("weights/spectral_norm/")
+    )
+    assert "weights/effective_rank/lm_head.weight" in seen[0]
     assert next(row for row in built.state.log_history if names[0] in row)[names[1]] == seen[0][names[1]]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in built.model.modules())
     assert callback.every == 2

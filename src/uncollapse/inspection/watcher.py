@@ -74,7 +74,7 @@ class Inspection:
     absent: Mapping[str, str] = field(default_factory=dict)
 
     def scalars(self, *, by_layer: bool = False) -> dict[str, float]:
-        """Numbers for a logger, `area/name/statistic`; `by_layer` adds one per layer or block."""
+        """Numbers for a logger, `area/name/statistic`; `by_layer` adds those of each layer, block and weight."""
         found: dict[str, float] = {}
         if self.heads:
             table = head_table(self.heads)
@@ -107,8 +107,13 @@ class Inspection:
         if by_layer:
             for layer, one in self.heads.items():
                 found[f"attention/normalized/{layer}"] = float(one.normalized.nanmean())
+            for layer, norm in self.logit_norms.items():
+                found[f"attention/logit_norm/{layer}"] = float(norm.amax())
             for name, block in self.blocks.items():
                 found[f"features/effective_rank/{name}"] = block.effective_rank
+            for weight in self.weights:
+                found[f"weights/spectral_norm/{weight.name}"] = weight.spectral_norm
+                found[f"weights/effective_rank/{weight.name}"] = weight.effective_rank
         return found
 
 
@@ -237,9 +242,9 @@ class Watcher:
             absent=absent,
         )
 
-    def scalars(self, *, by_layer: bool = False) -> dict[str, float]:
-        """Numbers for a logger; see `Inspection.scalars`."""
-        return self.result().scalars(by_layer=by_layer)
+    def scalars(self, *, by_layer: bool = False, weights: bool = False) -> dict[str, float]:
+        """Numbers for a logger, see `Inspection.scalars`; `weights` adds those of the weights, as in `result`."""
+        return self.result(weights=weights).scalars(by_layer=by_layer)
 
     def _without_attention(self) -> dict[str, str]:
         """Why the attention of some layers, or of all, is not there."""

@@ -28,21 +28,28 @@ class WatchCallback(TrainerCallback):
 
     Args:
         every: optimiser steps from one look to the next.
-        by_layer: one number per layer and block as well.
+        by_layer: numbers of each layer, block and weight as well.
         attention: look at attention.
         features: look at features and their classes.
+        weights: compute the spectra of the weights; seconds a look for a hundred million of them.
 
     Raises:
         ConfigError: `every` below 1.
     """
 
     def __init__(
-        self, *, every: int = 50, by_layer: bool = False, attention: bool = True, features: bool = True
+        self,
+        *,
+        every: int = 50,
+        by_layer: bool = False,
+        attention: bool = True,
+        features: bool = True,
+        weights: bool = False,
     ) -> None:
         if every < 1:
             raise ConfigError(f"WatchCallback: every has to be at least 1, got {every}")
         self.every, self.by_layer = every, by_layer
-        self.attention, self.features = attention, features
+        self.attention, self.features, self.weights = attention, features, weights
         self._watcher: Watcher | None = None
         self._scalars: dict[str, float] = {}
 
@@ -82,7 +89,7 @@ class WatchCallback(TrainerCallback):
         watcher = self._watcher
         if watcher is not None:
             self._leave()
-            found = watcher.scalars(by_layer=self.by_layer)
+            found = watcher.scalars(by_layer=self.by_layer, weights=self.weights)
             self._scalars = {name: value for name, value in found.items() if math.isfinite(value)}
             control.should_log = True
 
