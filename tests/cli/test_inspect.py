@@ -25,6 +25,22 @@ def test_the_packaged_model_with_a_page(tmp_path, capsys):
     assert "embed_tokens" in html
 
 
+def test_json_has_every_head_every_layer_and_every_weight(capsys):
+    assert main(["inspect", "tiny", "--tokens", "64", "--length", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, _ = load("tiny")
+    layer = "model.layers.0.self_attn"
+    heads = model.config.num_attention_heads
+    assert len(found["heads"]) == len(found["logit_norms"]) == model.config.num_hidden_layers
+    assert all(len(found["heads"][layer][name]) == heads for name in ("entropy", "normalized", "first"))
+    mean = sum(found["heads"][layer]["normalized"]) / heads
+    assert found["scalars"][f"attention/normalized/{layer}"] == pytest.approx(mean)
+    assert found["scalars"][f"attention/logit_norm/{layer}"] == max(found["logit_norms"][layer])
+    table = {one["name"]: one for one in found["weights"]}
+    assert table["model.embed_tokens.weight"]["shape"] == list(model.get_input_embeddings().weight.shape)
+    assert {"spectral_norm", "effective_rank", "stable_rank"} <= set(table["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_json_of_a_text_file_is_the_same_with_any_kernel(tmp_path, capsys, attention):
     text = tmp_path / "text.txt"
