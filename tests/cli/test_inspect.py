@@ -116,6 +116,13 @@ def test_a_text_classifier_with_labels(tmp_path, capsys, classifier):
     assert scalars["nc/nc2_equiangular_means"] == pytest.approx(
         0, abs=1e-6
     )  # two classes always face each other
+    assert scalars["nc1/pinv"] == pytest.approx(scalars["nc/nc1_pinv"])
+    assert scalars["nc/nc4"] == 1 - scalars["nc4/seen_head"]
+    assert scalars["nc4/centre_accuracy"] == 1  # each class is one text, and so its own mean
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(classifier), "--data", str(rows), "--length", "8", "--html", str(page)]) == 0
+    assert "nc4/full_head" in page.read_text()
+    capsys.readouterr()
     assert main(["inspect", str(classifier)]) == 2
     assert "labelled" in capsys.readouterr().err
     rows.write_text(json.dumps({"text": "good", "label": "yes"}) + "\n")

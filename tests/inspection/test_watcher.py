@@ -103,6 +103,33 @@ def test_a_classifier_without_attention():
 
 
 @torch.no_grad()
+def test_two_passes_give_all_of_the_classical_metrics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
+    images, classes = torch.rand(60, 1, 4, 4), torch.arange(60) % 4
+    batches = [slice(0, 25), slice(25, 60)]
+    now = batches[0]
+    with uncollapse.watch(model, classes=lambda: classes[now]) as seen:
+        for now in batches:
+            model(images[now])
+    assert seen.result().frames.nc4 is None
+    with seen.deciding():
+        for now in batches:
+            model(images[now])
+    found = seen.result()
+    expected = nc_metrics(model[:3](images), classes, model[3].weight, model[3].bias, num_classes=5).metrics()
+    assert found.frames.metrics() == pytest.approx(expected, rel=1e-5)
+    assert found.collapse["nc1/pinv"] == pytest.approx(expected["nc1_pinv"], rel=1e-5)
+    assert found.decisions.samples == 60
+    scalars = seen.scalars()
+    assert scalars["nc4/head_accuracy"] == float((model(images).argmax(1) == classes).double().mean())
+    seen.clear()
+    with seen.deciding():
+        model(images)
+    assert "first pass" in seen.result().absent["nc4"]
+
+
+@torch.no_grad()
 def test_sequences_and_rows_that_are_not_finite_are_left_out_and_counted(llama):
     ids = tokens()
     with uncollapse.watch(llama) as clean:

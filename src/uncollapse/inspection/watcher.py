@@ -8,113 +8,24 @@ print(seen.scalars())
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import TypeVar
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.attention import (
-    HeadStatistics,
-    counted_attention,
-    head_table,
-    marked_heads,
-    no_attention,
-)
-from uncollapse.inspection.classes import ClassSource, head_inputs
-from uncollapse.inspection.features import (
-    FeatureSpread,
-    SpreadTally,
-    block_outputs,
-    head_of,
-)
-from uncollapse.inspection.finite import FiniteAttention, finite_rows
-from uncollapse.inspection.weights import WeightSpectrum, attention_logit_norms, weight_spectra
-from uncollapse.measure.class_statistics import CollapseReport, StreamingNC
-from uncollapse.measure.neural_collapse import ClassMoments, NCReport, between_classes, nc_report
+from uncollapse.inspection.attention import counted_attention, no_attention
+from uncollapse.inspection.class_tally import ClassTally
+from uncollapse.inspection.classes import ClassSource, Seen, head_inputs
+from uncollapse.inspection.features import SpreadTally, block_outputs, head_of
+from uncollapse.inspection.finite import FiniteAttention
+from uncollapse.inspection.result import Inspection
+from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
 
 _Found = TypeVar("_Found")
-
-PAIRS = 200_000
-"""Pairs of classes drawn for the pairwise metrics of large vocabularies."""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What was seen of a model. Empty or None where there was nothing; `absent` says why.
-
-    Attributes:
-        model: class name.
-        parameters: how many.
-        heads: statistics of the attention heads by layer.
-        logit_norms: ||W_Q W_K^T||_2 / sqrt(head size) by layer and head.
-        blocks: spread of the output of each block, in order.
-        collapse: neural-collapse metrics of the features at the head, by class (the next token of a language model).
-        frames: the classical metrics with simplex and orthogonal frames, where there are no more classes than features + 1.
-        weights: spectra of the weights.
-        nonfinite: rows of "attention", of "features" of the blocks and of features at the head ("classes") that were left
-            out because they contain NaN or inf; 0 is told too.
-        absent: part of the inspection -> reason.
-    """
-
-    model: str
-    parameters: int
-    heads: Mapping[str, HeadStatistics] = field(default_factory=dict)
-    logit_norms: Mapping[str, Float[Tensor, " head"]] = field(default_factory=dict)
-    blocks: Mapping[str, FeatureSpread] = field(default_factory=dict)
-    collapse: CollapseReport | None = None
-    frames: NCReport | None = None
-    weights: tuple[WeightSpectrum, ...] = ()
-    nonfinite: Mapping[str, int] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
-
-    def scalars(self, *, by_layer: bool = False) -> dict[str, float]:
-        """Numbers for a logger, `area/name/statistic`; `by_layer` adds those of each layer, block and weight."""
-        found: dict[str, float] = {}
-        if self.heads:
-            table = head_table(self.heads)
-            normalized = table["normalized"]
-            found |= {
-                "attention/entropy/mean": float(table["entropy"].nanmean()),
-                "attention/normalized/mean": float(normalized.nanmean()),
-                "attention/normalized/lowest_head": _least(normalized),
-                "attention/peak/mean": float(table["peak"].nanmean()),
-                "attention/first_key/mean": float(table["first"].nanmean()),
-            }
-            for kind, heads in marked_heads(self.heads).items():
-                found[f"attention/{kind}_heads/frac"] = float(heads.double().mean())
-        if self.logit_norms:
-            found["attention/logit_norm/max"] = max(float(norm.amax()) for norm in self.logit_norms.values())
-        if self.blocks:
-            ranks = [block.effective_rank for block in self.blocks.values()]
-            found |= {"features/effective_rank/last": ranks[-1], "features/effective_rank/min": min(ranks)}
-        if self.collapse is not None:
-            found |= self.collapse.values
-            found["nc/classes"] = float(self.collapse.classes)
-        if self.frames is not None:
-            found |= {f"nc/{name}": value for name, value in self.frames.metrics().items()}
-        if self.weights:
-            found["weights/spectral_norm/max"] = max(one.spectral_norm for one in self.weights)
-            shares = [one.effective_rank / min(one.shape) for one in self.weights]
-            found["weights/effective_rank/share"] = sum(shares) / len(shares)
-        for part, rows in self.nonfinite.items():
-            found[f"{'nc' if part == 'classes' else part}/nonfinite/rows"] = float(rows)
-        if by_layer:
-            for layer, one in self.heads.items():
-                found[f"attention/normalized/{layer}"] = float(one.normalized.nanmean())
-            for layer, norm in self.logit_norms.items():
-                found[f"attention/logit_norm/{layer}"] = float(norm.amax())
-            for name, block in self.blocks.items():
-                found[f"features/effective_rank/{name}"] = block.effective_rank
-            for weight in self.weights:
-                found[f"weights/spectral_norm/{weight.name}"] = weight.spectral_norm
-                found[f"weights/effective_rank/{weight.name}"] = weight.effective_rank
-        return found
 
 
 class Watcher:
@@ -131,11 +42,15 @@ class Watcher:
     ) -> None:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self._attention, self._features = attention, features
-        self._head, self._classes = head, classes
         self._tally, self._spread = FiniteAttention(), SpreadTally()
-        self._moments: StreamingNC | None = None
-        self._left_out = 0
-        self._headless = self._missed = self._refused = ""
+        self._classes, self._head, self._headless = classes, head, ""
+        if features and head is None:
+            try:
+                self._head = head_of(self.model)
+            except ConfigError as error:
+                self._headless = str(error)
+        self._at_head = ClassTally(self._head) if features and self._head is not None else None
+        self._undecided = ""
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Watcher:
@@ -148,21 +63,8 @@ class Watcher:
                 stack.enter_context(counted_attention(self.model, self._tally))
             if self._features:
                 stack.enter_context(block_outputs(self.model, self._spread.add))
-                if self._head is None:
-                    try:
-                        self._head = head_of(self.model)
-                    except ConfigError as error:
-                        self._headless = str(error)
-                if self._head is not None:
-                    stack.enter_context(
-                        head_inputs(
-                            self.model,
-                            self._with_classes(self._head),
-                            classes=self._classes,
-                            head=self._head,
-                            missed=self._miss,
-                        )
-                    )
+                if self._at_head is not None:
+                    stack.enter_context(self._reading(self._at_head.add, self._at_head.miss))
             self._stack = stack.pop_all()
         return self
 
@@ -173,37 +75,34 @@ class Watcher:
         assert stack is not None
         stack.close()
 
-    def _with_classes(self, head: nn.Module) -> Callable[[Tensor, Tensor], None]:
-        weight = getattr(head, "weight", None)
-        width = len(weight) if isinstance(weight, Tensor) else 0
+    def _reading(self, seen: Seen, missed: Callable[[str], None]) -> AbstractContextManager[None]:
+        return head_inputs(self.model, seen, classes=self._classes, head=self._head, missed=missed)
 
-        def seen(features: Float[Tensor, "row feature"], classes: Int[Tensor, " row"]) -> None:
-            kept = finite_rows(features)
-            self._left_out += int((~kept).sum())
-            features, classes = features[kept], classes[kept]
-            if not len(classes):
-                return
-            moments = self._moments
-            if moments is None:
-                count = width or int(classes.max()) + 1
-                moments = StreamingNC(count, features.shape[-1], device=features.device)
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """A context for a second pass, over the same data or others, that adds NC4 and nothing else to the result.
+
+        Does the head decide as the nearest of the class means does that were seen before? On the samples that the means
+        were made of the nearest mean knows part of the answer: a class of one sample is its own mean. What stands in the way
+        is told in `absent`.
+        """
+        with ExitStack() as stack:
             try:
-                self._moments = moments.update(features, classes)
-            except DataError as error:  # a class that the head has no row for
-                self._refused = str(error)
-
-        return seen
-
-    def _miss(self, reason: str) -> None:
-        self._missed = reason
+                if self._at_head is None:
+                    raise DataError(self._headless or "features are not watched")
+                self._at_head.begin_deciding()
+                stack.enter_context(self._reading(self._at_head.decide, lambda reason: None))
+            except DataError as error:
+                self._undecided = str(error)
+            yield
 
     def clear(self) -> None:
         """Forget what was seen so far."""
         self._tally.clear()
         self._spread.clear()
-        self._moments = None
-        self._left_out = 0
-        self._missed = self._refused = ""
+        self._undecided = ""
+        if self._at_head is not None:
+            self._at_head.clear()
 
     def result(self, *, weights: bool = False) -> Inspection:
         """What was seen so far, be it nothing; `weights` adds their spectra, seconds for a hundred million of them.
@@ -220,12 +119,13 @@ class Watcher:
                 absent[part] = " ".join(str(error).split())
                 return None
 
-        collapse, frames = computed("classes", self._collapse) or (None, None)
+        at_head = self._at_head
+        collapse, frames = (computed("classes", at_head.report) if at_head else None) or (None, None)
         norms = computed("logit_norms", lambda: attention_logit_norms(self.model)) if heads else None
         spectra = computed("weights", lambda: weight_spectra(self.model)) if weights else None
         nonfinite = {"attention": self._tally.left_out} if self._attention else {}
         if self._features:
-            nonfinite |= {"features": self._spread.left_out, "classes": self._left_out}
+            nonfinite |= {"features": self._spread.left_out, "classes": at_head.left_out if at_head else 0}
         for part, rows in nonfinite.items():
             if rows:
                 absent[f"nonfinite {part}"] = f"{rows} rows contain NaN or inf and were left out"
@@ -237,6 +137,7 @@ class Watcher:
             blocks=blocks,
             collapse=collapse,
             frames=frames,
+            decisions=None if at_head is None else at_head.decisions,
             weights=tuple(spectra or ()),
             nonfinite=nonfinite,
             absent=absent,
@@ -273,33 +174,10 @@ class Watcher:
         return {"features": "no blocks were seen at work: a list of layers of the same kind"}
 
     def _without_classes(self) -> dict[str, str]:
-        """Why the features at the head, or some of them, are not there."""
-        if self._refused:
-            return {"classes": self._refused}
-        if not self._features or self._moments is not None:
-            return {}
-        if self._left_out:
-            return {"classes": f"all {self._left_out} features at the head contain NaN or inf"}
-        return {"classes": self._headless or self._missed or "the head saw no feature with a class"}
-
-    def _collapse(self) -> tuple[CollapseReport | None, NCReport | None]:
-        moments = self._moments
-        if moments is None:
-            return None, None
-        weight = getattr(self._head, "weight", None)
-        fits = isinstance(weight, Tensor) and weight.shape == moments.mean.shape
-        W = weight.detach() if isinstance(weight, Tensor) and fits else None
-        try:
-            collapse = moments.compute(W=W, pairs=PAIRS)
-        except DataError:  # NaN in the head: told of by name where weights are inspected
-            collapse = moments.compute(pairs=PAIRS)
-            W = None
-        if int((moments.count > 0).sum()) > moments.dim + 1:
-            return collapse, None
-        per_class = ClassMoments(
-            moments.count, moments.mean.double(), moments.scatter.double() / moments.count.clamp(min=1)
-        )
-        return collapse, nc_report(per_class, between_classes(per_class), W=W)
+        """Why the features at the head, or some of them, or their NC4 are not there."""
+        reason = self._headless if self._at_head is None else self._at_head.absent()
+        told = {"classes": reason, "nc4": self._undecided}
+        return {part: why for part, why in told.items() if why}
 
 
 def watch(
@@ -324,8 +202,3 @@ def watch(
             it, causal language models of transformers take the next token, and all others the `labels=` they are called with.
     """
     return Watcher(model, attention=attention, features=features, head=head, classes=classes)
-
-
-def _least(values: Tensor) -> float:
-    kept = values[~values.isnan()]
-    return float(kept.amin()) if len(kept) else float("nan")
