@@ -5,7 +5,8 @@
     python -m benchmarks.comparison tiny --only grpo,siren --seeds 0
 
 Finished runs are kept below `runs/comparison`, so that the same command continues. What has run is written to
-`benchmarks/comparison.json`, from which the page is generated.
+`benchmarks/comparison.json`, from which the page is generated; with `--only` these rows alone are new there, and the page
+tells which commit measured which.
 """
 
 from __future__ import annotations
@@ -135,11 +136,27 @@ def measure(field: str, names: Sequence[str], seeds: Sequence[int]) -> dict[str,
                 refused[name] = " ".join(str(error).split())
                 continue
             rows.setdefault(name, []).append(found)
+    origin = provenance(f"python -m benchmarks.comparison {field}")
     return {
-        "origin": provenance(f"python -m benchmarks.comparison {field}"),
+        "origin": origin,
         "seeds": list(seeds),
         "recipes": {name: _estimates(found, seeds, rows.get("grpo")) for name, found in rows.items()},
         "refused": refused,
+        "commits": dict.fromkeys(rows, origin["commit"]),
+    }
+
+
+def merged(before: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a field with the new ones in place; only the new ones if they have other seeds."""
+    if before is None or before["seeds"] != new["seeds"]:
+        return dict(new)
+    commits = before.get("commits") or dict.fromkeys(before["recipes"], before["origin"]["commit"])
+    return {
+        **new,
+        "recipes": before["recipes"] | new["recipes"],
+        "refused": {name: why for name, why in before["refused"].items() if name not in new["recipes"]}
+        | new["refused"],
+        "commits": commits | new["commits"],
     }
 
 
@@ -171,8 +188,16 @@ def table(result: Mapping[str, Any], field: str) -> str:
     lines += [f"\n`{name}` does not run here: {reason}." for name, reason in result["refused"].items()]
     origin = result["origin"]
     seeds = ", ".join(map(str, result["seeds"]))
-    lines += ["", f"Seeds {seeds}; {origin['date'][:10]}, commit {str(origin['commit'])[:10]}, {origin['cpu']}, "
+    last = origin["commit"]
+    lines += ["", f"Seeds {seeds}; {origin['date'][:10]}, commit {str(last)[:10]}, {origin['cpu']}, "
               f"{origin['threads']} thread."]  # fmt: skip
+    older: dict[str, list[str]] = {}
+    for name, commit in result.get("commits", {}).items():
+        if commit != last:
+            older.setdefault(str(commit)[:10], []).append(f"`{name}`")
+    lines += [
+        f"Measured before, at commit {commit}: {', '.join(sorted(names))}." for commit, names in older.items()
+    ]
     return "\n".join(lines)
 
 
@@ -208,7 +233,9 @@ def main() -> None:
     seeds = [int(seed) for seed in options.seeds.split(",") if seed] or SEEDS[options.field]
     result = measure(options.field, names, seeds)
     if not options.dry_run:
-        record.write(RECORD, json.dumps(kept() | {options.field: result}, indent=1) + "\n")
+        before = kept()
+        result = merged(before.get(options.field), result) if names else result
+        record.write(RECORD, json.dumps(before | {options.field: result}, indent=1) + "\n")
     print(table(result, options.field))
 
 

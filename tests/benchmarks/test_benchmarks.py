@@ -187,3 +187,19 @@ def test_the_comparison_has_every_recipe_on_as_many_rows_and_tells_means_with_in
     text = comparison.table(result, "modsum")
     assert text.index("| dapo | 3.000 ± 0.00 |") < text.index("| grpo | 1.500 ±")
     assert "| 0.500 ± 0.00 | 1.000 ± 0.00 |" in text
+
+    one = {
+        "origin": {"commit": "b" * 40},
+        "seeds": [0, 1],
+        "recipes": {"siren": {}},
+        "refused": {},
+        "commits": {"siren": "b" * 40},
+    }
+    both = comparison.merged(result | {"refused": {"siren": "no"}}, one)
+    assert list(both["recipes"]) == ["grpo", "dapo", "siren"]
+    assert both["refused"] == {}
+    assert both["commits"]["siren"] != both["commits"]["grpo"] == result["origin"]["commit"]
+    assert comparison.merged(result, one | {"seeds": [5]})["recipes"] == {"siren": {}}
+    assert comparison.merged(None, one) == one
+    later = result | {"commits": result["commits"] | {"dapo": "c" * 40}}
+    assert f"Measured before, at commit {'c' * 10}: `dapo`." in comparison.table(later, "modsum")
