@@ -10,9 +10,9 @@ import torch
 from uncollapse.representation.dhkd import binary_kl_norm_loss
 from uncollapse.studies.dhkd import STUDY
 from uncollapse.studies.dhkd.calibration import (
-    CALIBRATED,
     LADDER,
     RATES,
+    SAME_AS,
     SCORES,
     SEEDS,
     START,
@@ -90,27 +90,30 @@ def test_squared_error_is_half_the_limit_of_the_logit_level_losses() -> None:
     )
 
 
+@pytest.mark.parametrize("start", [LADDER[0], 0.01, LADDER[-1]])
 @pytest.mark.parametrize("peak", LADDER)
-def test_the_best_rate_is_found_from_the_start(peak: float) -> None:
-    scores = climb(lambda rate: -float(abs(LADDER.index(rate) - LADDER.index(peak))))
+def test_the_best_rate_is_found_from_the_start(peak: float, start: float) -> None:
+    scores = climb(start, lambda rate: -float(abs(LADDER.index(rate) - LADDER.index(peak))))
     assert max(scores, key=lambda rate: scores[rate]) == peak
-    assert set(START) <= set(scores)
+    assert start in scores
     assert list(scores) == sorted(scores)
 
 
 def test_every_arm_has_the_best_of_its_rates() -> None:
     assert set(RATES) == set(NAMES)
     assert RATES["detached"] == RATES["ce"]
-    assert tuple(SCORES) == CALIBRATED
+    assert set(SCORES) == set(START) == set(NAMES) - set(SAME_AS)
     for name, scores in SCORES.items():
-        assert climb(scores.__getitem__) == scores
-        assert scores[RATES[name]] == max(scores.values())
+        means = {rate: score.mean for rate, score in scores.items()}
+        assert climb(START[name], means.__getitem__) == means
+        assert means[RATES[name]] == max(means.values())
+        assert [rate for rate, score in scores.items() if not score.error] == [RATES[name]]
 
 
 def test_the_calibration_looks_at_validation_rows_of_its_own_seeds() -> None:
     ((name, scores),) = calibrate(("ce",), QUICK)
     assert name == "ce"
-    assert all(0 <= score <= 1 for score in scores.values())
+    assert all(0 <= score.mean <= 1 and score.error >= 0 for score in scores.values())
     assert set(SEEDS).isdisjoint(range(FIRST_SEED, FIRST_SEED + Size().seeds))
 
 
