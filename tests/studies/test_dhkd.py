@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ from uncollapse.studies.dhkd.students import (
     squared_error,
     train,
 )
-from uncollapse.studies.study import run_study, study
 from uncollapse.studies.testbeds.distillation import Rows, Task, make_teacher
 
 
@@ -42,10 +40,6 @@ def task() -> Task:
     for parameter in teacher.parameters():
         parameter.data *= 2
     return task.taught_by(teacher)
-
-
-def test_it_is_the_study_of_its_slug() -> None:
-    assert study("dhkd") is STUDY
 
 
 def test_features_are_wide_enough_for_a_simplex_and_not_negative() -> None:
@@ -117,15 +111,8 @@ def test_the_calibration_looks_at_validation_rows_of_its_own_seeds() -> None:
     assert set(SEEDS).isdisjoint(range(FIRST_SEED, FIRST_SEED + Size().seeds))
 
 
-def test_the_study_runs_end_to_end(tmp_path: Path) -> None:
-    outcome = run_study(STUDY, quick=True, output=tmp_path, work=tmp_path / "work")
-    assert [r.verdict for r in outcome.results] == [None] * len(STUDY.claims)
-    assert outcome.figure is not None
-    assert outcome.figure.read_text().startswith("<?xml")
-    known = set(outcome.measurements.estimates)
-    for claim in STUDY.claims:
-        assert {bound.statistic for bound in claim.criterion.bounds} | {claim.effect} <= known
-    assert {s for o in STUDY.observations for s in o.statistics} <= known
+def test_the_study_runs_end_to_end(smoke) -> None:
+    outcome, _ = smoke(STUDY)
     control = outcome.measurements.estimates["detached-minus-ce/accuracy"]
     assert (control.low, control.value, control.high) == (0, 0, 0)
     assert set(ARMS) <= set(NAMES)
