@@ -251,6 +251,34 @@ def test_unscored_completions_are_left_out(capsys, tmp_path):
     assert "the reward of completion 6 (from 0) is infinite" in err
 
 
+def test_every_domain_may_have_rewards_of_its_own(capsys, tmp_path):
+    rows = [
+        {"prompt": domain, "completion": c, "math_reward": None, "code_reward": None}
+        | {f"{domain}_reward": r}
+        for domain, r, c in (("math", 1.0, "a"), ("math", 1.0, "b"), ("code", 0.5, "a"), ("code", 0.0, "b"))
+    ]
+    rows.append({"prompt": "code", "completion": "c", "math_reward": None, "code_reward": None})
+    path = write(tmp_path / "t.parquet", rows)
+    code, out, _ = run(capsys, "cliff", path)
+    assert code == 0
+    assert "5 completions of 2 prompts, 1 without a score left out, 4 with a reward missing" in " ".join(
+        out.split()
+    )
+    found = cliff_json(capsys, path)
+    assert (found["completions"], found["unscored"], found["partly_scored"]) == (5, 1, 4)
+    assert found["summary"]["comparable"] == 2
+    assert [one["ties_by_reward"] for one in found["worst"]] == [
+        {"math_reward": 2, "code_reward": 0},
+        {"math_reward": 0, "code_reward": 1},
+    ]
+    assert [one["gap"] for one in found["worst"]] == [0.0, 0.5]
+    # one domain alone, as in a file of a step: the other column is empty and no mistake
+    code, out, err = run(capsys, "cliff", write(tmp_path / "one.jsonl", rows[:2]))
+    assert code == 0
+    assert "the column 'code_reward' holds no number" in err
+    assert "1 of 1 comparable prompts (100%) have more than one best answer" in out
+
+
 def test_a_truncated_table_keeps_its_whole_rows(capsys, tmp_path):
     for suffix, end in ((".jsonl", '{"prompt": "cut'), (".csv", 'tied,"cut')):
         path = write(tmp_path / f"t{suffix}", ROWS)

@@ -760,11 +760,12 @@ def test_15_the_audit_against_loops(seed: int, shift: float, alpha: float) -> No
     scores[0, 3:] = np.nan
     scores[1, :, 1] = np.nan
     scores[2, 1:] = np.nan
+    scores[3][rng.uniform(size=(7, 2)) < 0.5] = np.nan
     answer = rng.integers(0, 5, (6, 7))
     weights = [1.0, 0.25]
     found = audit_rewards(scores, weights, alpha, shift=shift, answer=answer)
     for i in range(6):
-        rows = [j for j in range(7) if not np.isnan(scores[i, j]).any()]
+        rows = [j for j in range(7) if not np.isnan(scores[i, j]).all()]
         names = sorted({int(answer[i, j]) for j in rows})
         groups = [[j for j in rows if answer[i, j] == name] for name in names]
         assert found.completions[i] == len(rows)
@@ -773,13 +774,14 @@ def test_15_the_audit_against_loops(seed: int, shift: float, alpha: float) -> No
             assert np.isnan([found.best[i], found.gap[i], found.soft_tv[i], found.expected[i]]).all()
             assert found.ties[i] == 0
             continue
-        each = np.array([scores[i, g].mean(0) for g in groups])
-        reward, base = each @ weights, np.array([float(len(g)) for g in groups])
+        reward = np.array([np.nansum(scores[i, g] * weights, 1).mean() for g in groups])
+        base = np.array([float(len(g)) for g in groups])
         assert found.best[i] == pytest.approx(reward.max())
         assert found.ties[i] == (reward > reward.max() - 1e-9).sum()
-        assert found.ties_by_reward[i].tolist() == [
-            int((each[:, k] > each[:, k].max() - 1e-9).sum()) for k in range(2)
-        ]
+        for k in range(2):
+            known = [[x for x in scores[i, g, k] if not np.isnan(x)] for g in groups]
+            each = np.array([np.mean(one) for one in known if one])
+            assert found.ties_by_reward[i, k] == (sum(each > each.max() - 1e-9) if len(each) else 0)
         law = base * np.exp((reward - reward.max()) / alpha)
         law /= law.sum()
         assert found.expected[i] == pytest.approx(law @ reward)
@@ -846,6 +848,33 @@ def test_15_known_numbers() -> None:
     assert likely.expected[0] == pytest.approx((law / law.sum()) @ scores[0, :, 0])
 
 
+def test_15_every_domain_has_rewards_of_its_own() -> None:
+    nan = np.nan
+    scores = np.array(
+        [[[1, nan], [1, nan], [0, nan]], [[nan, 0.5], [nan, 0.2], [nan, nan]], [[nan, nan]] * 3]
+    )
+    found = audit_rewards(scores, [1.0, 2.0])
+    assert found.completions.tolist() == [3, 2, 0]
+    assert found.ties.tolist() == [2, 1, 0]
+    assert found.ties_by_reward.tolist() == [[2, 0], [0, 1], [0, 0]]
+    np.testing.assert_allclose(found.best, [1.0, 1.0, nan])
+    np.testing.assert_allclose(found.gap, [0.0, 0.6, nan])
+
+
+def test_15_weights_of_each_prompt() -> None:
+    rng = np.random.default_rng(0)
+    scores, weights = rng.normal(size=(4, 5, 3)), rng.dirichlet(np.ones(3), 4)
+    found = audit_rewards(scores, weights)
+    for i in range(4):
+        alone = audit_rewards(scores[i : i + 1], weights[i])
+        assert found.ties_by_reward[i].tolist() == alone.ties_by_reward[0].tolist()
+        for name in ("best", "gap", "soft_tv", "expected"):
+            assert getattr(found, name)[i] == pytest.approx(getattr(alone, name)[0])
+    for wrong in (weights[:3], np.where(np.arange(4)[:, None] == 2, 0.0, weights)):
+        with pytest.raises(ConfigError, match="for each prompt"):
+            audit_rewards(scores, wrong)
+
+
 def test_15_one_huge_reward_ties_nothing_elsewhere() -> None:
     found = audit_rewards(np.array([[[1e12], [0.0]], [[0.2], [0.1]]]))
     assert found.ties.tolist() == [1, 1]
@@ -885,3 +914,5 @@ def test_15_the_audit_refuses(change: dict, message: str) -> None:
 def test_15_prompt_numbers_fit() -> None:
     with pytest.raises(DataError, match="prompt numbers"):
         audit_completions(np.array([0, -1]), np.zeros((2, 1)))
+    with pytest.raises(DataError, match="number of them all"):
+        audit_completions(np.array([0, 2]), np.zeros((2, 1)), prompts=2)

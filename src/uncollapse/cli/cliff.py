@@ -41,7 +41,8 @@ def cliff(
 
     Reads a table with one row per scored completion (CSV, TSV, JSONL, JSON, Parquet, or a directory of such files as TRL
     and verl write them): a prompt, a completion, one or more rewards. Also token dumps and run directories of ours. No
-    model is needed and nothing is trained; answers that were not sampled are not seen.
+    model is needed and nothing is trained; answers that were not sampled are not seen. A completion that has some of
+    several rewards counts with those that it has, as where each domain has its own.
 
     Examples: `uncollapse cliff completions.parquet`; `uncollapse cliff scored.jsonl --weights correct=1 format=0.1`;
     `uncollapse cliff runs/today/token-dump --shift 0.05 --temperature 0.01`.
@@ -123,9 +124,12 @@ def _print(
 
     here = next(one for one in grid if one.alpha == found.alpha)
     reward = " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in weights.items())
-    rows, unscored = len(scored.prompt), scored.unscored
-    left_out = f", {unscored:,} without a score left out" if unscored else ""
-    say(f"{shown(scored.source, 200)}   {rows:,} completions of {here.prompts:,} prompts{left_out}")
+    said = f"{len(scored.prompt):,} completions of {here.prompts:,} prompts"
+    if scored.unscored:
+        said += f", {scored.unscored:,} without a score left out"
+    if scored.partly_scored:
+        said += f", {scored.partly_scored:,} with a reward missing: what they have is added up"
+    say(f"{shown(scored.source, 200)}   {said}")
     say(f"reward: {shown(reward, 200)}")
     say("")
     say(verdict(here))
@@ -182,6 +186,9 @@ def _record(
         "source": scored.source,
         "weights": dict(weights),
         "notes": scored.notes,
+        "completions": len(scored.prompt),
+        "unscored": scored.unscored,
+        "partly_scored": scored.partly_scored,
         "verdict": verdict(here),
         "summary": asdict(here),
         "temperatures": [asdict(one) for one in grid],

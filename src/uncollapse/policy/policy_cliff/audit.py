@@ -24,8 +24,9 @@ _CELLS = 1 << 22
 class RewardAudit:
     """Per prompt, how firmly its reward decides between the sampled answers. Entries are NaN where undefined.
 
-    `completions`, `answers`: how many were scorable, and how many different ones those are. `ties`: how many answers
-    share the best effective reward; `ties_by_reward[:, k]` the same under each reward alone. `best`: that reward. `gap`:
+    `completions`, `answers`: how many have a reward, and how many different ones those are. `ties`: how many answers
+    share the best effective reward; `ties_by_reward[:, k]` the same under each reward alone, among the answers that have
+    it (0 if none has). `best`: the best effective reward. `gap`:
     best minus the next answer, 0 for a tie, NaN with fewer than two answers. `flip` = gap / 2: the smallest sup-norm change
     of the reward that can change the winner. `outside_gap`: best minus the best answer that is not tied with it.
 
@@ -75,7 +76,7 @@ class RewardAudit:
 
 def audit_rewards(
     scores: Float[np.ndarray, "prompt sample reward"],
-    weights: Float[np.ndarray, " reward"] | Sequence[float] | None = None,
+    weights: Float[np.ndarray, "*each reward"] | Sequence[float] | None = None,
     alpha: float = 0.1,
     *,
     shift: float = 0.01,
@@ -83,14 +84,11 @@ def audit_rewards(
     base_logp: Float[np.ndarray, "prompt sample"] | None = None,
     tolerance: float | None = None,
 ) -> RewardAudit:
-    """Audit a full table of rewards; NaN marks what was not sampled or could not be scored.
-
-    `weights`: of the effective reward sum_k w_k R_k, 1 each by default, as trainers add rewards up. `alpha`: temperature,
-    reward per nat. `shift`: the largest reward change to guard against. `answer`: samples of one prompt with the same number
-    are one answer. For `base_logp` and the rest see `audit_completions`.
+    """Audit a full table of rewards; NaN marks what was not sampled or not scored. `shift`: the largest reward change to
+    guard against. Everything else as in `audit_completions`, with one entry for each prompt and sample.
     """
     prompts, samples, count = scores.shape
-    kept = ~np.isnan(scores).any(2).ravel()
+    kept = ~np.isnan(scores).all(2).ravel()
     prompt = np.repeat(np.arange(prompts), samples)
     return audit_completions(
         prompt[kept],
@@ -108,7 +106,7 @@ def audit_rewards(
 def audit_completions(
     prompt: Int[np.ndarray, " row"],
     scores: Float[np.ndarray, "row reward"],
-    weights: Float[np.ndarray, " reward"] | Sequence[float] | None = None,
+    weights: Float[np.ndarray, "*each reward"] | Sequence[float] | None = None,
     alpha: float = 0.1,
     *,
     shift: float = 0.01,
@@ -119,9 +117,12 @@ def audit_completions(
 ) -> RewardAudit:
     """Audit completions one per row, any number for each prompt; prompts are numbered from 0.
 
-    Rows with a NaN reward are left out. Samples of a prompt with the same `answer` are one answer, whose reward is their
-    mean (a judge may be noisy); without `answer` every row is one. The base law gives each answer the share of its samples,
-    which estimates the policy that sampled them; with `base_logp`, the log-probability of each answer, it is that law
+    The effective reward of a row is sum_k w_k R_k over the rewards that it has, as trainers of several domains add them
+    up (TRL); NaN marks those that it has not, and rows without any are left out. `weights`: 1 each by default, (reward,),
+    or (prompt, reward) where they depend on the prompt. `alpha`: temperature, reward per nat. `shift`: the largest reward
+    change to guard against. Samples of a prompt with the same `answer` are one answer, whose rewards are their means (a
+    judge may be noisy); without `answer` every row is one. The base law gives each answer the share of its samples, which
+    estimates the policy that sampled them; with `base_logp`, the log-probability of each answer, it is that law
     restricted to the sampled answers, and equal answers count once. Rewards within `tolerance` (default 1e-9 max(1, |R|))
     are tied.
 
@@ -130,7 +131,6 @@ def audit_completions(
 
     Source: arXiv 2507.20150, sections 2 and 4, for sampled answers; the exact worst case is derived here.
     """
-    w = _weights(scores, weights)
     if not (alpha > 0 and np.isfinite(alpha)):
         raise ConfigError(f"temperature {alpha:g} has to be above 0; the hard policy is reported beside it")
     if not (shift >= 0 and np.isfinite(shift)):
@@ -145,19 +145,27 @@ def audit_completions(
             f"{len(prompt)} prompt numbers for {len(scores)} rows of rewards; give one from 0 for each"
         )
     total = (int(prompt.max()) + 1 if len(prompt) else 0) if prompts is None else prompts
-    kept = ~np.isnan(scores).any(1)
+    if len(prompt) and prompt.max() >= total:
+        raise DataError(
+            f"prompt number {int(prompt.max())} (from 0) of {total} prompts; give the number of them all"
+        )
+    w = _weights(scores.shape[1], weights, total)
+    kept = ~np.isnan(scores).all(1)
     if base_logp is not None and not np.isfinite(base_logp[kept]).all():
         raise DataError(
             "base_logp is not finite for some scored row; a completion that was sampled has a probability"
         )
-    owner, rewards, log_base, completions = _answers(prompt, scores, answer, base_logp, kept, total)
     with np.errstate(over="ignore", invalid="ignore"):
-        columns = np.concatenate([rewards, (rewards @ w)[:, None]], 1)
-    if not np.isfinite(columns).all():
+        summed = np.nansum(scores * (w[prompt] if w.ndim == 2 else w), 1)
+        owner, columns, log_base, completions = _answers(
+            prompt, np.column_stack([scores, summed]), answer, base_logp, kept, total
+        )
+    if np.isinf(columns).any() or np.isnan(columns[:, -1]).any():
         raise DataError("the weighted sum of the rewards overflows; scale them down")
     groups = _Groups(owner, total)
-    top = groups.largest(columns)
-    slack = TIE * np.maximum(1.0, groups.largest(np.abs(columns))) if tolerance is None else tolerance
+    top = groups.largest(np.where(np.isnan(columns), -np.inf, columns))
+    size = groups.largest(np.abs(np.nan_to_num(columns)))
+    slack = TIE * np.maximum(1.0, size) if tolerance is None else tolerance
     tied = columns >= (top - slack)[owner]
     ties = groups.add(tied.astype(np.int64))
     effective, winners = columns[:, -1], tied[:, -1]
@@ -215,13 +223,15 @@ def gibbs_tv(
     return np.asarray(0.5 * np.abs(laws[0] - laws[1]).sum(-1))
 
 
-def _weights(scores: np.ndarray, weights: np.ndarray | Sequence[float] | None) -> np.ndarray:
-    count = scores.shape[1]
+def _weights(count: int, weights: np.ndarray | Sequence[float] | None, prompts: int) -> np.ndarray:
+    """(reward,) or (prompt, reward), checked."""
     if count == 0:
         raise DataError("there is no reward to audit")
     w = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
-    if w.shape != (count,) or not np.isfinite(w).all() or not w.any():
-        raise ConfigError(f"weights {w.tolist()} do not fit; give {count} finite numbers, not all 0")
+    if w.shape not in ((count,), (prompts, count)) or not np.isfinite(w).all() or not w.any(-1).all():
+        raise ConfigError(
+            f"weights of shape {w.shape} do not fit; give {count} finite numbers, not all 0, once or for each prompt"
+        )
     return w
 
 
@@ -233,7 +243,8 @@ def _answers(
     kept: np.ndarray,
     total: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Different answers ordered by prompt: whose they are, mean rewards, log base mass; and scored rows per prompt."""
+    """Different answers ordered by prompt: whose they are, mean of each score (NaN: none), log base mass; and kept rows
+    per prompt."""
     rows = np.flatnonzero(kept)
     names = rows if answer is None else answer[rows]
     order = np.lexsort((names, prompt[rows]))
@@ -245,13 +256,16 @@ def _answers(
     size = np.diff(np.append(starts, len(rows)))
     if not len(rows):
         return mine, scores[rows], np.zeros(0), np.zeros(total, dtype=np.int64)
-    rewards = np.add.reduceat(scores[rows], starts) / size[:, None]
+    there = ~np.isnan(scores[rows])
+    count = np.add.reduceat(there.astype(np.int64), starts)
+    sums = np.add.reduceat(np.where(there, scores[rows], 0.0), starts)
+    most = np.maximum.reduceat(np.where(there, scores[rows], -np.inf), starts)
+    least = np.minimum.reduceat(np.where(there, scores[rows], np.inf), starts)
     # rounding of a mean of equal numbers must not break a tie
-    first = scores[rows[starts]]
-    equal = np.maximum.reduceat(scores[rows], starts) == np.minimum.reduceat(scores[rows], starts)
-    rewards = np.where(equal, first, rewards)
+    means = np.where(most == least, most, sums / np.maximum(count, 1))
+    means = np.where(count > 0, means, np.nan)
     log_base = np.log(size) if base_logp is None else np.add.reduceat(base_logp[rows], starts) / size
-    return mine[starts], rewards, log_base, np.bincount(mine, minlength=total)
+    return mine[starts], means, log_base, np.bincount(mine, minlength=total)
 
 
 @dataclass(frozen=True)
