@@ -279,6 +279,21 @@ def test_every_domain_may_have_rewards_of_its_own(capsys, tmp_path):
     assert "1 of 1 comparable prompts (100%) have more than one best answer" in out
 
 
+def test_the_tolerance_of_ties_is_told(capsys, tmp_path):
+    rows = [{"prompt": "p", "completion": c, "reward": r} for c, r in (("a", 0.30000001192), ("b", 0.3))]
+    path = write(tmp_path / "t.jsonl", rows)
+    found = cliff_json(capsys, path)
+    assert found["worst"][0]["ties"] == 2
+    assert found["summary"]["tolerance"] == [1e-6, 1e-6]
+    assert "rewards are within 1e-06\n" in run(capsys, "cliff", path)[1]
+    found = cliff_json(capsys, path, "--tolerance", "1e-9")
+    assert (found["worst"][0]["ties"], found["worst"][0]["tolerance"]) == (1, 1e-9)
+    rows += [{"prompt": "q", "completion": c, "reward": r} for c, r in (("a", 30.0), ("b", 0.3))]
+    path = write(tmp_path / "u.jsonl", rows)
+    assert "within 1e-06 to 3e-05, where rewards are large" in run(capsys, "cliff", path)[1]
+    assert "tolerance -1 has to be" in run(capsys, "cliff", path, "--tolerance", "-1")[2]
+
+
 def test_a_truncated_table_keeps_its_whole_rows(capsys, tmp_path):
     for suffix, end in ((".jsonl", '{"prompt": "cut'), (".csv", 'tied,"cut')):
         path = write(tmp_path / f"t{suffix}", ROWS)

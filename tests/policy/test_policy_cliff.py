@@ -848,6 +848,21 @@ def test_15_known_numbers() -> None:
     assert likely.expected[0] == pytest.approx((law / law.sum()) @ scores[0, :, 0])
 
 
+def test_15_rounding_of_float32_decides_no_tie() -> None:
+    parts = np.array([[[0.7, 0.3], [1.0, 0.0], [0.1, 0.9]]], dtype=np.float32)
+    found = audit_rewards(parts)
+    assert found.ties.tolist() == [3]
+    assert found.tolerance.tolist() == [pytest.approx(1e-6)]
+    large = np.array([[[1000.3, -1000.0], [0.3, 0.0], [0.2, 0.0]]], dtype=np.float32)
+    found = audit_rewards(large)
+    assert found.ties.tolist() == [2]
+    assert found.tolerance[0] == pytest.approx(2000.3e-6, rel=1e-6)
+    assert audit_rewards(parts, tolerance=1e-9).ties.tolist() == [2]
+    loose = audit_rewards(np.array([[[1.0], [0.96], [0.9]], [[np.nan]] * 3]), tolerance=0.05)
+    assert loose.ties.tolist() == [2, 0]
+    np.testing.assert_array_equal(loose.tolerance, [0.05, np.nan])
+
+
 def test_15_every_domain_has_rewards_of_its_own() -> None:
     nan = np.nan
     scores = np.array(
@@ -897,6 +912,8 @@ def test_15_empty_tables() -> None:
         ({"alpha": 0.0}, "temperature"),
         ({"shift": -1.0}, "shift"),
         ({"shift": math.nan}, "shift"),
+        ({"tolerance": -1.0}, "tolerance"),
+        ({"tolerance": math.inf}, "tolerance"),
         ({"weights": [1.0, 2.0]}, "do not fit"),
         ({"weights": [0.0]}, "not all 0"),
         ({"scores": np.full((1, 2, 1), np.inf)}, "infinite"),

@@ -32,6 +32,7 @@ def cliff(
     weights: Annotated[tuple[str, ...], _Pairs] = (),
     temperature: Annotated[float, Parameter(name=("--temperature", "--alpha"))] = 0.1,
     shift: float = 0.01,
+    tolerance: float | None = None,
     top: int = 10,
     enumerated: Annotated[bool, Parameter(negative="")] = False,
     map_: Annotated[tuple[str, ...], Parameter(name="--map", consume_multiple=True, negative="")] = (),
@@ -58,6 +59,9 @@ def cliff(
         Of the regularised policy, in reward per nat: a KL or entropy coefficient.
     shift
         The reward change to guard against, in units of the weighted reward.
+    tolerance
+        Weighted rewards of a prompt that are closer than this are tied; by default a millionth of what is added up, and at
+        least 1e-6, since trainers keep rewards in float32.
     top
         Number of prompts to list, worst first.
     enumerated
@@ -72,7 +76,7 @@ def cliff(
     by_name = _weights(weights)
     scored = read_rewards(path, tuple(by_name), _names(map_))
     used = by_name or dict.fromkeys(scored.names, 1.0)
-    found, grid = _audits(scored, list(used.values()), temperature, shift, enumerated)
+    found, grid = _audits(scored, list(used.values()), temperature, shift, tolerance, enumerated)
     for line in scored.notes:
         note(f"{path}: {line}")
     if json_:
@@ -82,7 +86,12 @@ def cliff(
 
 
 def _audits(
-    scored: RewardTable, weights: Sequence[float], temperature: float, shift: float, enumerated: bool
+    scored: RewardTable,
+    weights: Sequence[float],
+    temperature: float,
+    shift: float,
+    tolerance: float | None,
+    enumerated: bool,
 ) -> tuple[RewardAudit, list[AuditSummary]]:
     """The audit at the temperature asked for, and summaries over the grid."""
     from uncollapse.policy.policy_cliff import audit_completions
@@ -103,6 +112,7 @@ def _audits(
             shift=shift,
             answer=scored.answer,
             base_logp=scored.logp if enumerated else None,
+            tolerance=tolerance,
             prompts=len(scored.prompts),
         )
 
@@ -131,6 +141,10 @@ def _print(
         said += f", {scored.partly_scored:,} with a reward missing: what they have is added up"
     say(f"{shown(scored.source, 200)}   {said}")
     say(f"reward: {shown(reward, 200)}")
+    if here.comparable:
+        least, most = here.tolerance
+        grows = f" to {most:.3g}, where rewards are large" if most > least else ""
+        say(f"tied: answers of a prompt whose rewards are within {least:.3g}{grows}")
     say("")
     say(verdict(here))
     if not here.comparable:
@@ -199,6 +213,7 @@ def _record(
                 "answers": int(found.answers[i]),
                 "ties": int(found.ties[i]),
                 "ties_by_reward": dict(zip(scored.names, found.ties_by_reward[i].tolist(), strict=True)),
+                "tolerance": float(found.tolerance[i]),
                 "best": float(found.best[i]),
                 "gap": float(found.gap[i]),
                 "flip": float(found.flip[i]),
@@ -218,7 +233,7 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

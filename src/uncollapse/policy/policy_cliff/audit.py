@@ -14,8 +14,11 @@ from jaxtyping import Bool, Float, Int
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.policy.policy_cliff.bounds import tanh_bound
-from uncollapse.policy.policy_cliff.mdp import TIE
 from uncollapse.policy.policy_cliff.stability import EXHAUSTIVE
+
+ROUNDING = 1e-6
+"""Rewards that differ by less, relative to what was added up and at least to 1, are tied: trainers keep rewards in float32,
+whose rounding is 6e-8, and sum several."""
 
 _CELLS = 1 << 22
 
@@ -25,10 +28,10 @@ class RewardAudit:
     """Per prompt, how firmly its reward decides between the sampled answers. Entries are NaN where undefined.
 
     `completions`, `answers`: how many have a reward, and how many different ones those are. `ties`: how many answers
-    share the best effective reward; `ties_by_reward[:, k]` the same under each reward alone, among the answers that have
-    it (0 if none has). `best`: the best effective reward. `gap`:
-    best minus the next answer, 0 for a tie, NaN with fewer than two answers. `flip` = gap / 2: the smallest sup-norm change
-    of the reward that can change the winner. `outside_gap`: best minus the best answer that is not tied with it.
+    share the best effective reward, which means being within `tolerance` of it; `ties_by_reward[:, k]` the same under each
+    reward alone, among the answers that have it (0 if none has). `best`: the best effective reward. `gap`: best minus the
+    next answer, 0 for a tie, NaN with fewer than two answers. `flip` = gap / 2: the smallest sup-norm change of the reward
+    that can change the winner. `outside_gap`: best minus the best answer that is not tied with it.
 
     `hard_tv`: how far a change within `shift` can move the policy that is uniform over the best answers: (m - 1) / m for a
     tie of m, 1 once an answer outside can take over. `soft_tv`: the same for the Gibbs law base exp(reward / alpha); exact
@@ -48,6 +51,7 @@ class RewardAudit:
     exact: Bool[np.ndarray, " prompt"]
     expected: Float[np.ndarray, " prompt"]
     entropy: Float[np.ndarray, " prompt"]
+    tolerance: Float[np.ndarray, " prompt"]
     alpha: float
     shift: float
     bound: float
@@ -123,11 +127,12 @@ def audit_completions(
     change to guard against. Samples of a prompt with the same `answer` are one answer, whose rewards are their means (a
     judge may be noisy); without `answer` every row is one. The base law gives each answer the share of its samples, which
     estimates the policy that sampled them; with `base_logp`, the log-probability of each answer, it is that law
-    restricted to the sampled answers, and equal answers count once. Rewards within `tolerance` (default 1e-9 max(1, |R|))
-    are tied.
+    restricted to the sampled answers, and equal answers count once. Rewards within `tolerance` are tied; the default is
+    1e-6 max(1, |R|) for each prompt, with its largest |R_k|, and sum_k |w_k R_k| for the effective reward, since sums that
+    cancel keep the rounding of their parts.
 
-    Raises `DataError` for infinite rewards or arrays that do not fit, `ConfigError` for weights, alpha or shift that make no
-    sense. Cost: a few sorts of the rows, and 2^13 numbers per prompt of 14 answers.
+    Raises `DataError` for infinite rewards or arrays that do not fit, `ConfigError` for weights, alpha, shift or tolerance
+    that make no sense. Cost: a few sorts of the rows, and 2^13 numbers per prompt of 14 answers.
 
     Source: arXiv 2507.20150, sections 2 and 4, for sampled answers; the exact worst case is derived here.
     """
@@ -135,6 +140,8 @@ def audit_completions(
         raise ConfigError(f"temperature {alpha:g} has to be above 0; the hard policy is reported beside it")
     if not (shift >= 0 and np.isfinite(shift)):
         raise ConfigError(f"shift {shift:g} has to be a number >= 0, in units of the reward")
+    if tolerance is not None and not (tolerance >= 0 and np.isfinite(tolerance)):
+        raise ConfigError(f"tolerance {tolerance:g} has to be a number >= 0, in units of the reward")
     infinite = np.isinf(scores).any(1)
     if infinite.any():
         raise DataError(
@@ -156,16 +163,20 @@ def audit_completions(
             "base_logp is not finite for some scored row; a completion that was sampled has a probability"
         )
     with np.errstate(over="ignore", invalid="ignore"):
-        summed = np.nansum(scores * (w[prompt] if w.ndim == 2 else w), 1)
+        parts = scores * (w[prompt] if w.ndim == 2 else w)
         owner, columns, log_base, completions = _answers(
-            prompt, np.column_stack([scores, summed]), answer, base_logp, kept, total
+            prompt, np.column_stack([scores, np.nansum(parts, 1)]), answer, base_logp, kept, total
         )
     if np.isinf(columns).any() or np.isnan(columns[:, -1]).any():
         raise DataError("the weighted sum of the rewards overflows; scale them down")
     groups = _Groups(owner, total)
     top = groups.largest(np.where(np.isnan(columns), -np.inf, columns))
-    size = groups.largest(np.abs(np.nan_to_num(columns)))
-    slack = TIE * np.maximum(1.0, size) if tolerance is None else tolerance
+    if tolerance is None:
+        size = groups.largest(np.abs(np.nan_to_num(columns)))
+        np.maximum.at(size[:, -1], prompt[kept], np.nansum(np.abs(parts[kept]), 1))
+        slack = ROUNDING * np.maximum(1.0, size)
+    else:
+        slack = np.full(top.shape, float(tolerance))
     tied = columns >= (top - slack)[owner]
     ties = groups.add(tied.astype(np.int64))
     effective, winners = columns[:, -1], tied[:, -1]
@@ -200,6 +211,7 @@ def audit_completions(
         exact=exact,
         expected=per_prompt(p * effective),
         entropy=per_prompt(-p * np.log(np.where(p > 0, p, 1.0))) + 0.0,
+        tolerance=np.where(undefined, np.nan, slack[:, -1]),
         alpha=float(alpha),
         shift=float(shift),
         bound=tanh_bound(shift, alpha),

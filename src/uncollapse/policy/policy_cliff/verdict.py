@@ -13,6 +13,8 @@ from uncollapse.policy.policy_cliff.audit import RewardAudit
 class AuditSummary:
     """Counts of prompts, and means or quantiles over the comparable ones (NaN if there are none).
 
+    `tolerance`: rewards of a prompt that are closer are tied; the smallest and the largest of the prompts, which differ
+    where it grows with the rewards.
     `comparable`: with at least two different scored answers; of these `tied` have several best answers (`flat` those that
     give every answer the same reward) and `flipped` change a unique winner within `shift`. `tie_median`, `tie_largest`: size of the ties. `flip_median`: smallest reward change
     that moves an untied winner. `hard_*`, `soft_*`: TV that a change within `shift` can reach, without and with
@@ -22,6 +24,7 @@ class AuditSummary:
 
     alpha: float
     shift: float
+    tolerance: tuple[float, float]
     prompts: int
     comparable: int
     tied: int
@@ -49,6 +52,7 @@ def summarise(audit: RewardAudit) -> AuditSummary:
     return AuditSummary(
         alpha=audit.alpha,
         shift=audit.shift,
+        tolerance=(_of(np.min, audit.tolerance[there]), _of(np.max, audit.tolerance[there])),
         prompts=len(there),
         comparable=int(there.sum()),
         tied=int(tied.sum()),
