@@ -36,6 +36,7 @@ from uncollapse.policy.policy_cliff import (
     value_bound,
     weight_bound,
 )
+from uncollapse.policy.policy_cliff.verdict import summarise
 
 seeds = st.integers(0, 10_000)
 quick = settings(max_examples=15, deadline=None)
@@ -861,6 +862,39 @@ def test_15_rounding_of_float32_decides_no_tie() -> None:
     loose = audit_rewards(np.array([[[1.0], [0.96], [0.9]], [[np.nan]] * 3]), tolerance=0.05)
     assert loose.ties.tolist() == [2, 0]
     np.testing.assert_array_equal(loose.tolerance, [0.05, np.nan])
+
+
+def test_15_at_the_boundary_an_answer_joins_the_best_and_does_not_take_over() -> None:
+    # a gap of 0.2, once as 0.3 - 0.1, which floats make smaller, and once as 0.2 - 0
+    for rewards, moved in (
+        ([0.3, 0.1], 1 / 2),
+        ([0.2, 0.0], 1 / 2),
+        ([0.2, 0.0, 0.0, -1.0], 2 / 3),
+        ([0.3, 0.3, 0.1], 1 / 2),  # breaking the tie moves as far
+        ([0.2, 0.2, 0.0, 0.0, 0.0], 3 / 5),
+        ([0.21, 0.0], 0.0),
+        ([0.19, 0.0], 1.0),
+        ([0.19, 0.19, 0.0], 1.0),
+    ):
+        found = audit_rewards(np.array(rewards)[None, :, None], shift=0.1)
+        assert found.hard_tv[0] == pytest.approx(moved, abs=1e-15)
+        unique = found.ties[0] == 1
+        assert summarise(found).flipped == int(unique and moved > 0)
+    still = audit_rewards(np.array([[[0.2], [0.0]], [[0.2], [0.2]]]), shift=0.0)
+    assert still.hard_tv.tolist() == [0.0, 0.0]
+
+
+@quick
+@given(seed=seeds, shift=st.sampled_from([0.125, 0.25, 0.375]))
+def test_15_the_hard_move_against_all_changes(seed: int, shift: float) -> None:
+    reward = np.random.default_rng(seed).integers(0, 4, 4) / 4
+    best = reward == reward.max()
+    worst = 0.0
+    for change in itertools.product((-shift, 0.0, shift), repeat=4):
+        now = reward + np.array(change)
+        moved = now == now.max()
+        worst = max(worst, 0.5 * np.abs(best / best.sum() - moved / moved.sum()).sum())
+    assert audit_rewards(reward[None, :, None], shift=shift).hard_tv[0] == pytest.approx(worst, abs=1e-12)
 
 
 def test_15_every_domain_has_rewards_of_its_own() -> None:

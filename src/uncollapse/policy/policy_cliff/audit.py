@@ -34,7 +34,8 @@ class RewardAudit:
     that can change the winner. `outside_gap`: best minus the best answer that is not tied with it.
 
     `hard_tv`: how far a change within `shift` can move the policy that is uniform over the best answers: (m - 1) / m for a
-    tie of m, 1 once an answer outside can take over. `soft_tv`: the same for the Gibbs law base exp(reward / alpha); exact
+    tie of m, 1 once an answer outside can take over. Where 2 shift is `outside_gap`, within `tolerance`, the n answers there
+    can join the m but not take over, which moves it by n / (m + n), if that is more. `soft_tv`: the same for the Gibbs law base exp(reward / alpha); exact
     where `exact`, else a lower bound, and never above `bound` = tanh(shift / (2 alpha)). `expected` reward and `entropy`
     (nats) of that law say what the temperature costs and buys.
     """
@@ -186,8 +187,11 @@ def audit_completions(
     outside_gap = np.where(np.isneginf(outside), np.nan, best - outside)
     multiple = ties[:, -1]
     gap = np.where(answers < 2, np.nan, np.where(multiple > 1, 0.0, outside_gap))
+    near = effective >= (top - slack)[owner, -1] - 2 * shift
+    joining = groups.add((near & ~winners)[:, None].astype(np.int64))[:, 0]
     hard = np.where(shift > 0, (multiple - 1) / np.maximum(multiple, 1), 0.0)
-    hard = np.where(2 * shift > np.nan_to_num(outside_gap, nan=np.inf), 1.0, hard)
+    hard = np.maximum(hard, joining / np.maximum(multiple + joining, 1))
+    hard = np.where(2 * shift > np.nan_to_num(outside_gap, nan=np.inf) + slack[:, -1], 1.0, hard)
     with np.errstate(over="ignore"):  # at a tiny temperature the others have probability 0
         logits = log_base + (effective - top[owner, -1]) / alpha
     p = np.exp(logits - groups.largest(logits[:, None])[owner, 0])
