@@ -544,6 +544,18 @@ def test_10_effective_reward(seed: int) -> None:
     )
 
 
+def test_10_a_reward_without_weight_takes_no_action_away() -> None:
+    rewards = np.array([[[1.0, 2.0], [3.0, 4.0]], [[-np.inf, 5.0], [6.0, -np.inf]]])
+    for k in range(2):
+        np.testing.assert_array_equal(effective_reward(rewards, np.eye(2)[k]), rewards[k])
+    mixed = effective_reward(rewards, np.array([[1.0, 0.0], [0.5, 0.5]]))
+    np.testing.assert_array_equal(mixed, [[1.0, 2.0], [4.5, -np.inf]])
+    both = np.array([[0.5, 0.5]] * 2), np.array([[0.25, 0.75]] * 2)
+    assert weight_bound(rewards, *both) == pytest.approx(0.75)
+    assert weight_bound(rewards, both[0], np.array([1.0, 0.0])) == math.inf
+    assert weight_bound(rewards, np.array([1.0, 0.0]), np.array([1.0, 0.0])) == 0.0
+
+
 def test_10_the_weight_bound_is_reached() -> None:
     rewards = np.array([[[0.0, 1.0]], [[5.0, 1.0]]])
     one, two = np.array([0.8, 0.2]), np.array([0.3, 0.7])
