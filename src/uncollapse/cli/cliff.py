@@ -155,9 +155,8 @@ def _print(
         ["temperature", "moved: mean", "worst", "at most", "reward given up", "entropy (nats)"],
         [_temperature(None, here), *(_temperature(one.alpha, one) for one in grid)],
     )
-    worst = found.worst_first()
-    worst = worst[found.comparable[worst]][:top]
-    if len(worst):
+    worst = _worst(found, top)
+    if worst:
         say("")
         table(
             ["best answers", "flips at", "hard moves", f"at {found.alpha:g}", "prompt"],
@@ -173,6 +172,12 @@ def _print(
             ],
             title="Worst prompts first",
         )
+
+
+def _worst(found: RewardAudit, top: int) -> list[int]:
+    """The prompts to list; of one with a single answer there is nothing to say."""
+    order = found.worst_first()
+    return [int(i) for i in order[found.comparable[order]][:top]]
 
 
 def _temperature(alpha: float | None, one: AuditSummary) -> list[str]:
@@ -224,7 +229,7 @@ def _record(
                 "expected": float(found.expected[i]),
                 "entropy": float(found.entropy[i]),
             }
-            for i in found.worst_first()[:top]
+            for i in _worst(found, top)
         ],
     }
 
