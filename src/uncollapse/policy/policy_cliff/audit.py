@@ -35,9 +35,9 @@ class RewardAudit:
 
     `hard_tv`: how far a change within `shift` can move the policy that is uniform over the best answers: (m - 1) / m for a
     tie of m, 1 once an answer outside can take over. Where 2 shift is `outside_gap`, within `tolerance`, the n answers there
-    can join the m but not take over, which moves it by n / (m + n), if that is more. `soft_tv`: the same for the Gibbs law base exp(reward / alpha); exact
-    where `exact`, else a lower bound, and never above `bound` = tanh(shift / (2 alpha)). `expected` reward and `entropy`
-    (nats) of that law say what the temperature costs and buys.
+    can join the m but not take over, which moves it by n / (m + n), if that is more. `soft_tv`: the same for the Gibbs law
+    base exp(reward / alpha); exact where `exact`, else a lower bound, and never above `bound` = tanh(shift / (2 alpha)).
+    `expected` reward and `entropy` (nats) of that law say what the temperature costs and buys.
     """
 
     completions: Int[np.ndarray, " prompt"]
@@ -189,9 +189,7 @@ def audit_completions(
     gap = np.where(answers < 2, np.nan, np.where(multiple > 1, 0.0, outside_gap))
     near = effective >= (top - slack)[owner, -1] - 2 * shift
     joining = groups.add((near & ~winners)[:, None].astype(np.int64))[:, 0]
-    hard = np.where(shift > 0, (multiple - 1) / np.maximum(multiple, 1), 0.0)
-    hard = np.maximum(hard, joining / np.maximum(multiple + joining, 1))
-    hard = np.where(2 * shift > np.nan_to_num(outside_gap, nan=np.inf) + slack[:, -1], 1.0, hard)
+    hard = _hard_tv(multiple, joining, outside_gap + slack[:, -1], shift)
     with np.errstate(over="ignore"):  # at a tiny temperature the others have probability 0
         logits = log_base + (effective - top[owner, -1]) / alpha
     p = np.exp(logits - groups.largest(logits[:, None])[owner, 0])
@@ -245,8 +243,9 @@ def _weights(count: int, weights: np.ndarray | Sequence[float] | None, prompts: 
         raise DataError("there is no reward to audit")
     w = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
     if w.shape not in ((count,), (prompts, count)) or not np.isfinite(w).all() or not w.any(-1).all():
+        given = w.tolist() if w.ndim == 1 else f"of shape {w.shape}"
         raise ConfigError(
-            f"weights of shape {w.shape} do not fit; give {count} finite numbers, not all 0, once or for each prompt"
+            f"weights {given} do not fit; give {count} finite numbers, not all 0, once or for each prompt"
         )
     return w
 
@@ -307,6 +306,14 @@ class _Groups:
             starts = np.flatnonzero(np.diff(self.owner, prepend=-1))
             found[self.owner[starts]] = operation.reduceat(values, starts)
         return found
+
+
+def _hard_tv(ties: np.ndarray, joining: np.ndarray, firm: np.ndarray, shift: float) -> np.ndarray:
+    """TV that a change within shift can reach: from `ties` best answers to one of them, to all of them and `joining` others,
+    or to others alone if twice the shift is beyond `firm`, their distance (NaN: there are none)."""
+    broken = np.where(shift > 0, (ties - 1) / np.maximum(ties, 1), 0.0)
+    joined = joining / np.maximum(ties + joining, 1)
+    return np.where(2 * shift > np.nan_to_num(firm, nan=np.inf), 1.0, np.maximum(broken, joined))
 
 
 def _worst_tv(p: np.ndarray, groups: _Groups, shift: float, alpha: float) -> tuple[np.ndarray, np.ndarray]:

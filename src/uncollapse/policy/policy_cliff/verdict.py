@@ -17,9 +17,10 @@ class AuditSummary:
     where it grows with the rewards.
     `comparable`: with at least two different scored answers; of these `tied` have several best answers (`flat` those that
     give every answer the same reward) and `flipped` have a unique winner that a change within `shift` can overtake or tie.
-    `tie_median`, `tie_largest`: size of the ties. `flip_median`: smallest reward change that moves an untied winner. `hard_*`, `soft_*`: TV that a change within `shift` can reach, without and with
-    temperature `alpha`; `bound` holds for the latter. `given_up`: best minus expected reward at that temperature, mean.
-    `hard_entropy`, `soft_entropy`: mean entropy of the laws over the sampled answers (nats).
+    `tie_median`, `tie_largest`: size of the ties. `flip_median`: smallest reward change that moves an untied winner.
+    `hard_*`, `soft_*`: TV that a change within `shift` can reach, without and with temperature `alpha`; `bound` holds for
+    the latter. `given_up`: best minus expected reward at that temperature, mean. `hard_entropy`, `soft_entropy`: mean
+    entropy of the laws over the sampled answers (nats).
     """
 
     alpha: float
