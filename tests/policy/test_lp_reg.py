@@ -413,6 +413,22 @@ def test_bf16_is_reduced_in_float32() -> None:
     torch.testing.assert_close(low.double(), exact, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("cap_negative", [True, False])
+@pytest.mark.parametrize("size", [-1.0, 1.0])
+def test_ratios_beyond_any_float_keep_finite_gradients(size: float, cap_negative: bool) -> None:
+    logp = torch.tensor([[-1.0, -2.0, -1e-3]], requires_grad=True)
+    old_logp = torch.tensor([[-90.0, -2.5, -2e4]])
+    mask, advantage = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), size)
+    loss, _ = lp_reg_loss(logp, old_logp, advantage, mask, old_logp, ~mask, cap_negative=cap_negative)
+    pushed = gradient(loss, logp)[0]
+    assert torch.isfinite(loss) and torch.isfinite(pushed).all() and pushed[1] != 0
+    assert pushed[0] == pushed[2] == 0  # a constant beyond the cap
+
+    surrogate = LpReg(beta=0.0, cap_negative=cap_negative)
+    batch = Batch(torch.arange(1), mask, {"advantage": advantage, "old_logp": old_logp}, {Logp("now"): logp})
+    assert torch.isfinite(gradient(surrogate(batch, {}).sum(), logp)).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [{"kl": "full"}, {"kl": "full", "logits": torch.zeros(2, 3), "only_below": True}],

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
+from uncollapse.policy.stages.surrogates import bounded_ratio
 
 K3_LIMIT = 10.0
 """Where the official code cuts k3 off."""
@@ -124,8 +125,11 @@ def capped_surrogate(
     *,
     cap_negative: bool = True,
 ) -> Float[Tensor, "*pool"]:
-    """-A clip(r, 0, U), unreduced: no lower clip. Without `cap_negative` (official code) r > U stays free for A < 0."""
-    ratio = log_ratio.exp()
+    """-A clip(r, 0, U), unreduced: no lower clip. Without `cap_negative` (official code) r > U stays free for A < 0.
+
+    log r is bounded at +-20 (`bounded_ratio`), so no ratio, capped or free, has a gradient that is not finite.
+    """
+    ratio = bounded_ratio(log_ratio)
     capped = -advantages * ratio.clamp(max=upper)
     return capped if cap_negative else torch.maximum(-advantages * ratio, capped)
 
