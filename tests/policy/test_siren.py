@@ -572,6 +572,18 @@ def test_rows_of_other_parts_enter_neither_anchor_nor_mean() -> None:
     assert mixed.columns["own/Siren/anchor"][part == 0] == pytest.approx(expected, abs=1e-14)
 
 
+def test_rows_that_a_filter_drops_do_not_enter_the_anchor() -> None:
+    made = replace(recipe("siren"), filters=recipe("dapo").filters)
+    _, batch = prepared(made)
+    reward = torch.where(batch.group == batch.group[0], 1.0, batch.reward)
+    batch = made.prepare(unprepared(batch).with_columns(reward=reward))
+    live = batch.mask.any(1)
+    assert 0 < int(live.sum()) < len(batch)
+    made.observe(batch)
+    expected = float(made.regularizers[0].term.aggregate(batch[live]))
+    assert made.regularizers[0].term.memory.value == pytest.approx(expected, abs=1e-14)
+
+
 def test_per_micro_batch_as_released() -> None:
     """Each micro-batch squares its own mean and counts with its share of the rows."""
     made, plain = with_siren(Siren(scope="microbatch")), recipe("dr-grpo")

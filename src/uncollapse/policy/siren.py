@@ -11,12 +11,14 @@ sinusoidal networks of the same name.
 
 Differs from the paper / the official code:
 - The square is taken of the mean over the whole optimiser step, as the formula reads. The code squares the mean of each
-  micro-batch, which also penalises sampling noise: `scope="microbatch"`.
+  micro-batch, which also penalises sampling noise: `scope="microbatch"`, which `siren-released` does not take, so that
+  its loss does not depend on the split.
 - `nucleus="standard"` keeps the token that crosses p, the usual top-p set. The code drops it ("released"): where
   one token alone reaches p nothing is left, entropy 0 and no gradient. The recipe `siren-released` reads it so, looks at the
   10 000 most probable tokens only and divides the policy loss by the token limit but not by the number of rows, all as the
-  code does; its additions of 1e-12 inside logarithms are left out.
-- The anchor is the mean over the whole first rollout batch. The first release took its first micro-batch.
+  code does (but for the square); its additions of 1e-12 inside logarithms are left out.
+- The anchor is the mean over the whole first rollout batch, that is, over its rows that the recipe's filters have left, as
+  every later mean (with the base `dapo`: rows of live groups alone). The first release took its first micro-batch.
 - The peak mask is and-ed with the token mask; the code relies on zeros in padded places. It is applied once; twice, as
   in the code, gives the same.
 - The peaks of a row are a weight on its tokens rather than the set `where` of the mean: then rows without a peak count
@@ -282,7 +284,7 @@ class PeakEntropyBonus(_PeakEntropy):
 
 @dataclass(frozen=True)
 class Siren(_PeakEntropy):
-    """`(Hbar - H_anchor)^2`: the mean peak entropy is pulled to what it was on the first rollout batch.
+    """`(Hbar - H_anchor)^2`: the mean peak entropy is pulled to what it was on the first rollout batch, after its filters.
 
     Options: `p` in (0, 1], mass of the nucleus; `nucleus` and `top_k` as in `nucleus_entropy`; `quantile` in [0, 1] of a
     row's entropies above which a position is a peak, None for all positions; `peak_on`: rank by nucleus or full
@@ -334,7 +336,7 @@ class Siren(_PeakEntropy):
         return now | {stat.by("old") for stat in now if isinstance(stat, Stat)}
 
     def decide_rollout(self, batch: Batch) -> Columns:
-        """The anchor, from the whole of the first rollout batch or from memory; above it up to `ceiling` nothing is pulled."""
+        """The anchor, from the whole of the filtered first rollout batch or from memory; above it up to `ceiling` nothing is pulled."""
         mean = self.aggregate(batch)
         if self.target is None:
             anchor = self.memory.target(mean)
@@ -474,7 +476,7 @@ siren_released = register(
     replace(
         siren,
         name="siren-released",
-        summary="SIREN as its code reads it: without the token that crosses p; policy loss not divided by the rows.",
+        summary="SIREN as its code but for the square, of the whole step: no token that crosses p, sum over rows.",
         mean=Sum(per_row=False),
         regularizers=(Weighted(Siren(nucleus="released", top_k=10_000), coef=0.005, mean=Siren.mean),),
     )
