@@ -57,17 +57,19 @@ ABOUT = {
 }
 
 
-def contestants() -> dict[str, Any]:
-    """Every registered recipe that samples by itself here, then those of `comparison.yaml` at this scale's numbers."""
+def contestants(field: str) -> dict[str, Any]:
+    """Every registered recipe that the field's engine can run, then those of `comparison.yaml` at this scale's numbers."""
     from uncollapse.integrations import offers
     from uncollapse.policy.config import load_recipes
     from uncollapse.policy.registry import recipes
+    from uncollapse.studies.testbeds import engine
 
-    known = {name: made for name, made in recipes().items() if not made.refusals(offers.TRL)}
-    known |= load_recipes(HERE / "comparison.yaml")
+    offered = {"modsum": engine.OFFERS, "tiny": offers.TRL}[field]
+    known = recipes() | load_recipes(HERE / "comparison.yaml")
     return {
         name: replace(copy.deepcopy(made), sampler=replace(made.sampler, samples=SAMPLES))
         for name, made in known.items()
+        if not made.refusals(offered)
     }
 
 
@@ -123,7 +125,7 @@ def measure(field: str, names: Sequence[str], seeds: Sequence[int]) -> dict[str,
     from uncollapse.studies.provenance import provenance
     from uncollapse.studies.study import Trials
 
-    known = contestants()
+    known = contestants(field)
     chosen = {name: known[name] for name in names or known}
     trials = Trials(WORK / field, len(chosen) * len(seeds), progress=_told)
     rows: dict[str, list[Mapping[str, float]]] = {}
@@ -227,9 +229,10 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     options = parser.parse_args()
     names = [name for name in options.only.split(",") if name]
-    unknown = sorted(set(names) - set(contestants()))
+    known = contestants(options.field)
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise SystemExit(f"no recipe {', '.join(unknown)} here; there are {', '.join(contestants())}")
+        raise SystemExit(f"no recipe {', '.join(unknown)} here; there are {', '.join(known)}")
     seeds = [int(seed) for seed in options.seeds.split(",") if seed] or SEEDS[options.field]
     result = measure(options.field, names, seeds)
     if not options.dry_run:

@@ -22,6 +22,7 @@ from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.batch import Batch
 from uncollapse.policy.recipe import Weighted
 from uncollapse.policy.registry import recipe, recipes
+from uncollapse.policy.siren import Siren
 from uncollapse.policy.stages.regularizers import KLPenalty
 from uncollapse.studies.testbeds.engine import LogitsEngine
 from uncollapse.token_dump import read_dump
@@ -291,6 +292,13 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 def test_options_that_the_recipe_owns_are_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, recipe="grpo", **changes)
+
+
+def test_a_target_above_the_entropy_of_the_model_is_refused(tmp_path):
+    siren = recipe("siren")
+    weighted = replace(siren.regularizers[0], term=Siren(target=50.0))
+    with pytest.raises(ConfigError, match="target is 50 nats, but the entropy over"):
+        run(tmp_path, recipe=replace(siren, regularizers=(weighted,)))
 
 
 def test_a_reference_policy_is_there_when_a_penalty_reads_it_and_only_then(tmp_path):

@@ -105,6 +105,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         super().__init__(model, reward_funcs, settings, *more, **options)
         if _samples_in_rounds(self.recipe):
             self._refuse_other_generation()
+        self.recipe.check_vocabulary(self.model.config.get_text_config().vocab_size)
         if isinstance(self.recipe.sampler, OfVocabulary):
             self._show_vocabulary(self.recipe.sampler)
         self.beta = settings.beta = 0.0

@@ -19,6 +19,7 @@ from torch import Tensor
 from uncollapse.errors import ConfigError
 from uncollapse.policy.batch import PARTS, Batch, Columns, Stat
 from uncollapse.policy.protocols import (
+    BoundByVocabulary,
     Memory,
     Metrics,
     Needs,
@@ -184,6 +185,12 @@ class Recipe:
         reasons = self.refusals(offers)
         if reasons:
             raise ConfigError(f"recipe {self.name!r} cannot run on {engine}: {'; '.join(reasons)}")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse before the first step what a vocabulary of `size` tokens cannot give. Raises `ConfigError`."""
+        for _, stage in self.stages():
+            if isinstance(stage, BoundByVocabulary):
+                stage.check_vocabulary(size)
 
     def refusals(self, offers: frozenset[str | type[Stat]]) -> list[str]:
         """Why an engine with these offers cannot run the recipe; empty if it can."""
