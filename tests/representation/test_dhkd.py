@@ -452,6 +452,23 @@ def test_the_optimiser_and_the_single_loss_hand_out_the_same_gradients(scope: An
     assert wrapper.dots.shape == (2,)
 
 
+@pytest.mark.parametrize("scope", ["shared", "all"])
+def test_parameters_that_are_not_aligned_get_the_plain_gradient(scope: Any) -> None:
+    conflicts = 0
+    for seed in range(6):
+        model = tower(seed)
+        x, t, y = batch(seed)
+        losses = DualHeadLoss().parts(model(x), t, y)
+        backbone, heads = list(model[0].parameters()), list(model[1].parameters())
+        expected = project_conflicting_gradients(losses, backbone, scope=scope, retain_graph=True)
+        conflicts += bool(expected.dots[1] < 0)
+        plain = torch.autograd.grad(losses.total, heads)
+        DualHeadLoss(align=backbone, scope=scope)(model(x), t, y).backward()
+        torch.testing.assert_close(tuple(p.grad for p in backbone), expected.total)
+        torch.testing.assert_close(tuple(p.grad for p in heads), plain)
+    assert conflicts  # else the plain sum would do
+
+
 def test_alignment_leaves_parameters_alone_that_no_loss_reaches() -> None:
     model = tower(6)
     unused, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
