@@ -482,6 +482,28 @@ def test_alignment_leaves_parameters_alone_that_no_loss_reaches() -> None:
     assert torch.equal(unused, torch.ones(2))
 
 
+def test_gradients_share_no_storage_so_clipping_in_place_is_that_of_autograd() -> None:
+    a, b = (nn.Parameter(torch.zeros(3, 2, dtype=F64)) for _ in range(2))
+    expected = []
+    for align in (False, True):
+        losses = (3 * (a + b).sum(), (a - b).sum())
+        a.grad = b.grad = None
+        if align:
+            GradientAlignment(torch.optim.SGD([a, b])).backward(losses)
+            assert a.grad.data_ptr() != b.grad.data_ptr()
+            assert a.grad.is_contiguous()
+            assert b.grad.is_contiguous()
+        else:
+            sum(losses).backward()
+        nn.utils.clip_grad_norm_([a, b], 1.0, foreach=False)
+        expected.append((a.grad, b.grad))
+    torch.testing.assert_close(*expected)
+    a.grad = b.grad = None
+    GradientAlignment(torch.optim.SGD([a, b])).backward(((a + b).sum(),))
+    nn.utils.clip_grad_norm_([a, b], 1.0, foreach=False)
+    torch.testing.assert_close(a.grad, torch.full_like(a, 1 / math.sqrt(12)), rtol=1e-5, atol=0)
+
+
 def test_alignment_refuses_what_it_cannot_do() -> None:
     theta = torch.zeros(2, requires_grad=True)
     for options, words in (({"scope": "some"}, "'some'"), ({"priority": 2}, "there are 2 losses")):

@@ -132,8 +132,13 @@ class GradientAlignment:
         aligned = project_conflicting_gradients(losses, tensors, self.priority, self.scope)
         self.dots = aligned.dots
         for parameter, gradient in zip(tensors, aligned.total, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                # autograd may give several parameters one tensor, or an expanded one, and clipping works in place
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            else:
+                parameter.grad = parameter.grad + gradient
 
     def step(self) -> None:
         """Update the parameters."""
