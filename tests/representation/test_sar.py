@@ -800,6 +800,61 @@ def test_half_precision_measures_in_float32() -> None:
     assert 0 < adapted.stats.entropy < math.log(10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [Tent, SAR])
+def test_half_precision_follows_float32_at_a_small_rate(kind: type[Tent], dtype: torch.dtype) -> None:
+    half = perceptron().to(dtype)
+    single = copy.deepcopy(half).float()
+    made = kind(half, skip_last=0.0), kind(single, skip_last=0.0)
+    start = weights(made[1])
+    for seed in range(30):
+        x = batch(seed, 64).to(dtype)
+        made[0](x)
+        made[1](x.float())
+    moved, expected = (weights(one) - start for one in made)
+    assert (moved != 0).all()
+    assert float((moved - expected).norm() / expected.norm()) < 0.1
+    assert made[0].stats.updates == 30
+    made[0].reset()
+    assert torch.equal(weights(made[0]), start)
+    back = made[0].release()
+    assert {p.dtype for p in back.parameters()} == {dtype}
+    assert torch.equal(back(x), copy.deepcopy(back)(x))
+    assert back(x).dtype == dtype
+
+
+def test_half_precision_of_a_shared_layer_and_given_optimisers() -> None:
+    norm = nn.LayerNorm(5)
+    outer = nn.Sequential(norm, nn.Linear(5, 5), norm, nn.Linear(5, 3)).bfloat16()
+    outer[2] = nn.LayerNorm(5).bfloat16()
+    outer[2].weight = norm.weight
+    held = [norm.weight, outer[3].weight]
+    optimizer = torch.optim.SGD(held, lr=1e-2, momentum=0.9)
+    for p in held:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    adapted = Tent(outer, optimizer)
+    assert {state.dtype for state in momentum(adapted)} == {torch.float32}
+    before = weights(adapted)
+    assert adapted(batch(0).bfloat16()).dtype == torch.bfloat16
+    assert {p.dtype for p in held} == {torch.float32}
+    assert (weights(adapted) != before).all()
+    copy.deepcopy(adapted).release()
+    assert held[0].dtype == torch.float32
+    adapted.release()
+    assert {p.dtype for p in outer.parameters()} == {torch.bfloat16}
+    outer(batch(0).bfloat16())
+
+
+def test_sam_perturbs_in_half_precision_as_far_as_there_are_numbers() -> None:
+    p = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
+    sam = SAM(torch.optim.SGD([p], lr=0.1), rho=0.5)
+    p.grad = torch.full_like(p, 5000.0)  # whose norm is no number of float16
+    with sam.perturbed() as norm:
+        assert float(norm) == pytest.approx(5000 * math.sqrt(1000))
+        assert float(p.detach().float().norm()) == pytest.approx(0.5, rel=1e-2)
+
+
 def test_sam_trains_with_a_closure_and_saves_its_state() -> None:
     net = perceptron()
     sam = SAM(torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), rho=0.05)

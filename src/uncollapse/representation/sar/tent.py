@@ -18,6 +18,7 @@ from uncollapse.measure.entropy import shannon_entropy_from_logits
 from uncollapse.representation.sar.adaptation import Adaptation, LogitsOf
 from uncollapse.representation.sar.batch import ModelInputs
 from uncollapse.representation.sar.norms import collect_norm_params
+from uncollapse.representation.sar.precision import FullPrecision
 from uncollapse.representation.sar.sam import grad_norm
 
 LEARNING_RATE = 2.5e-4
@@ -31,7 +32,8 @@ class Tent(Adaptation):
     update that it causes. Samples that are not finite are left out. Of a language model each token is a
     sample; where `attention_mask` is 0 there is none.
 
-    BatchNorm layers use the statistics of the batch, as in the official code, so a batch of one is refused there.
+    BatchNorm layers use the statistics of the batch, as in the official code, so a batch of one is refused there. Adapted layers of a
+    half-precision model compute in float32 until `release()`, which rounds their weights (see `FullPrecision`).
 
     Args:
         model: see `Adaptation`. It is adapted in place and everything else in it is frozen, until `release()`.
@@ -80,6 +82,9 @@ class Tent(Adaptation):
             self.adapted = _held_by(optimizer, model)
         self.optimizer = optimizer
         self._configure()
+        self._precision = FullPrecision(model, self.adapted.values())
+        if optimizer.state:  # momentum of before, in the dtype that the parameters have now
+            optimizer.load_state_dict(optimizer.state_dict())
         self._weights = {name: p.detach().clone() for name, p in self.adapted.items()}
         self._optimizer_state = copy.deepcopy(optimizer.state_dict())
 
@@ -107,7 +112,8 @@ class Tent(Adaptation):
         self.optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
 
     def release(self) -> nn.Module:
-        """The wrapped model with its present weights; frozen parameters, BatchNorm and training mode as they were."""
+        """The wrapped model with its present weights; frozen parameters, dtypes, BatchNorm and training mode as they were."""
+        self._precision.undo()
         for p, trainable in self._trainable:
             p.requires_grad_(trainable)
         for _, module, before in self._batch_norms:
