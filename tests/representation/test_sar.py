@@ -912,6 +912,59 @@ def test_tokens_are_samples_and_padding_is_none() -> None:
     torch.testing.assert_close(weights(padded), weights(flat), rtol=0, atol=1e-12)
 
 
+def test_an_attention_mask_counts_by_position_as_by_name() -> None:
+    ids = torch.randint(30, (4, 9), generator=generator(0))
+    mask = (torch.arange(9) < torch.tensor([[9], [5], [1], [0]])).long()
+    by_name, by_place = SAR(Bigrams(), lr=0.05, skip_last=0.0), SAR(Bigrams(), lr=0.05, skip_last=0.0)
+    for _ in range(3):
+        by_name(input_ids=ids, attention_mask=mask)
+        by_place(ids, mask)
+    assert by_name.stats == by_place.stats
+    assert torch.equal(weights(by_name), weights(by_place))
+
+
+class Scaled(nn.Module):
+    """Logits in classes' units of their own: `scale` has an entry per feature, and may be as long as the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = perceptron()
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        assert len(scale) == x.shape[1]
+        return self.body(x * scale)
+
+
+def test_a_tensor_as_long_as_the_batch_need_not_have_rows() -> None:
+    x, scale = batch(0, rows=5), torch.linspace(1, 3, 5, dtype=F64)
+    guessed = SAR(Scaled(), lr=0.05)
+    with pytest.raises(AssertionError):
+        guessed(x, scale)  # some rows are not reliable
+    ends = []
+    for named, call in ((("x",), (x, scale)), ((), (x, scale))):
+        adapted = SAR(Scaled(), lr=0.05, row_wise=named)
+        adapted(*call)
+        adapted(x=call[0], scale=call[1])
+        assert 0 < adapted.stats.kept < 1
+        ends.append(weights(adapted))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+    with pytest.raises(DataError, match="'y', which is no tensor of 5 rows"):
+        SAR(Scaled(), row_wise=["y"])(x, scale)
+    with pytest.raises(ConfigError, match="a list of names"):
+        SAR(Scaled(), row_wise="x")
+
+
+@pytest.mark.parametrize("kind", [NoAdaptation, Tent, SAR])
+def test_an_empty_batch_changes_nothing(kind: type[Adaptation]) -> None:
+    adapted = kind(perceptron())
+    adapted(batch(0))
+    before, figures = copy.deepcopy(adapted.model.state_dict()), copy.copy(adapted.stats)
+    assert adapted(batch(0)[:0]).shape == (0, 10)
+    assert adapted.stats.updates == figures.updates
+    assert adapted.stats.entropy == figures.entropy
+    assert all(torch.equal(value, before[name]) for name, value in adapted.model.state_dict().items())
+
+
 def test_a_language_model_of_the_zoo() -> None:
     pytest.importorskip("transformers")
     from uncollapse import models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Tent(Adaptation):
         skip_last, skip: see `collect_norm_params`. Tent adapts all layers by default.
         steps: updates per batch; the logits returned are those before the last one.
         episodic: forget everything before each batch.
+        row_wise: names of the inputs that have an entry per row of logits, for methods that compute some rows again; the others go
+            to the model whole. None: all tensors, if all are as long as the first. Empty: rows are never taken out.
         logits_of: see `Adaptation`.
 
     Raises:
@@ -63,12 +65,15 @@ class Tent(Adaptation):
         skip: Sequence[str] | None = None,
         steps: int = 1,
         episodic: bool = False,
+        row_wise: Collection[str] | None = None,
         logits_of: LogitsOf | None = None,
     ) -> None:
         super().__init__(model, logits_of=logits_of)
         if steps < 1:
             raise ConfigError(f"{self.name}: steps is {steps}; give at least 1")
-        self.steps, self.episodic = steps, episodic
+        if isinstance(row_wise, str):
+            raise ConfigError(f"{self.name}: row_wise is {row_wise!r}; give a list of names")
+        self.steps, self.episodic, self.row_wise = steps, episodic, row_wise
         if optimizer is None:
             share = self._skip_last if skip_last is None else skip_last
             self.adapted = collect_norm_params(model, skip_last=share, skip=skip or ())
@@ -93,7 +98,7 @@ class Tent(Adaptation):
         if self.episodic:
             self.reset()
         with torch.inference_mode(False), torch.enable_grad():
-            inputs = ModelInputs.of(args, keywords)
+            inputs = ModelInputs.of(args, keywords, self.model.forward, self.row_wise)
             if self._batch_norms and inputs.size == 1:
                 raise DataError(
                     f"{self.name}: a batch of one, but {self._batch_norms[0][0]} is a BatchNorm layer, whose statistics of one "
@@ -125,6 +130,8 @@ class Tent(Adaptation):
     def _step(self, inputs: ModelInputs) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         logits = self._logits(inputs)
+        if not logits.numel():
+            return logits
         entropy = shannon_entropy_from_logits(logits)
         valid = inputs.valid(entropy)
         kept = valid & (entropy < self._margin(logits.shape[-1]))  # strict; NaN is not below anything
