@@ -751,6 +751,40 @@ def test_reset_brings_back_weights_and_optimiser(kind: type[Tent]) -> None:
     assert torch.equal(episodic(batch(0)), first)
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Tent, SAR])
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(
+    kind: type[Tent], dtype: Any, tmp_path: Any
+) -> None:
+    adapted = kind(perceptron().to(dtype), lr=0.05)
+    source = weights(adapted)
+    for seed in range(4):
+        adapted(batch(seed).to(dtype))
+    torch.save(adapted.state_dict(), tmp_path / "state.pt")
+    # what is wrapped again has adapted weights already, as after a restart from a checkpoint of the model
+    resumed = kind(copy.deepcopy(adapted).release(), lr=0.05)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed in range(4, 7):
+        adapted(batch(seed).to(dtype))
+        resumed(batch(seed).to(dtype))
+    assert torch.equal(weights(resumed), weights(adapted))
+    if isinstance(adapted, SAR):
+        assert resumed.stats.moving_loss == adapted.stats.moving_loss
+    resumed.reset()
+    assert torch.equal(weights(resumed), source)
+    assert not momentum(resumed)
+    with pytest.raises(DataError, match=r"is of parameters 1\.weight.*the same options"):
+        kind(perceptron(), skip=["1"], skip_last=0.0).load_state_dict(adapted.state_dict())
+
+
+@pytest.mark.parametrize("compat", ["fixed", "official"])
+def test_a_reset_leaves_a_schedule_alone(compat: Any) -> None:
+    adapted = SAR(perceptron(), lr=1.0, compat=compat)
+    adapted.optimizer.param_groups[0]["lr"] = 0.1
+    adapted.reset()
+    assert adapted.optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_steps_repeat_the_update() -> None:
     twice, once = Tent(perceptron(), lr=0.05, steps=2), Tent(perceptron(), lr=0.05)
     once(batch(0))

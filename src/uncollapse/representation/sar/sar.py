@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -102,6 +102,19 @@ class SAR(Tent):
         if kept is not None:
             self.optimizer.load_state_dict(kept)
         self._remember(None)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """As that of `Tent`, and m."""
+        return super().get_extra_state() | {"moving_loss": self._m}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on with such a state.
+
+        Raises:
+            DataError: it is that of other parameters.
+        """
+        super().set_extra_state(state)
+        self._remember(state["moving_loss"])
 
     def _margin(self, classes: int) -> float:
         self._classes = classes

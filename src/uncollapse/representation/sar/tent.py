@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Tent(Adaptation):
         if optimizer.state:  # momentum of before, in the dtype that the parameters have now
             optimizer.load_state_dict(optimizer.state_dict())
         self._weights = {name: p.detach().clone() for name, p in self.adapted.items()}
-        self._optimizer_state = copy.deepcopy(optimizer.state_dict())
+        self._optimizer_state = copy.deepcopy(optimizer.state_dict()["state"])
 
     def forward(self, *args: Any, **keywords: Any) -> Float[Tensor, "*sample class"]:
         """Logits of a batch, detached, and an update after them. Works under `torch.no_grad` and `inference_mode`."""
@@ -110,11 +110,40 @@ class Tent(Adaptation):
         return logits.detach()
 
     def reset(self) -> None:
-        """Back to the weights and the optimiser state at construction; counts go on."""
+        """Back to the weights and the optimiser's state at construction; its options, so a scheduled rate, and counts go on."""
         with torch.no_grad():
             for name, p in self.adapted.items():
                 p.copy_(self._weights[name])
-        self.optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
+        self.optimizer.load_state_dict(
+            self.optimizer.state_dict() | {"state": copy.deepcopy(self._optimizer_state)}
+        )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a `state_dict` holds beside the model: the optimiser, and what `reset` goes back to."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "source_weights": dict(self._weights),
+            "source_optimizer": self._optimizer_state,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on with such a state.
+
+        Raises:
+            DataError: it is that of other parameters.
+        """
+        source = state["source_weights"]
+        if {name: p.shape for name, p in source.items()} != {
+            name: p.shape for name, p in self._weights.items()
+        }:
+            raise DataError(
+                f"{self.name}: the state is of parameters {_first(source)}, these are {_first(self._weights)}; build it with "
+                "the same options"
+            )
+        for name, p in self._weights.items():
+            p.copy_(source[name])
+        self._optimizer_state = copy.deepcopy(state["source_optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     def release(self) -> nn.Module:
         """The wrapped model with its present weights; frozen parameters, dtypes, BatchNorm and training mode as they were."""
@@ -201,3 +230,8 @@ def _held_by(optimizer: Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
             "optimizer: it holds parameters that the model does not have; make it from this model's"
         )
     return {names[id(p)]: p for p in held}
+
+
+def _first(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:4]) + (", ..." if len(every) > 4 else "")
