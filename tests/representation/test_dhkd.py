@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.representation.dhkd import (
@@ -545,6 +546,44 @@ def test_the_mlp_head_is_the_published_one() -> None:
 def test_masks_differ_from_call_to_call() -> None:
     drop = auxiliary_head(5, 4, "mlp").drop
     assert not torch.equal(drop(torch.ones(50)), drop(torch.ones(50)))
+
+
+def test_a_resumed_run_goes_on_with_the_masks_where_it_stopped() -> None:
+    one, x = auxiliary_head(6, 4, "mlp"), torch.ones(8, 6)
+    for _ in range(3):
+        one(x)
+    other = auxiliary_head(6, 4, "mlp")
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_pass_has_the_mask_of_its_first(reentrant: bool) -> None:
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        head = auxiliary_head(6, 4, "mlp").double()
+        inputs = [logits(seed, 8, 6) for seed in range(3)]
+        if checkpointed:
+            found = [checkpoint(head, x, use_reentrant=reentrant) for x in inputs]
+        else:
+            found = [head(x) for x in inputs]
+        for out in reversed(found):
+            out.square().sum().backward()
+        assert head.drop.calls == 3
+        return [t.grad for t in (*inputs, *head.parameters())]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=1e-12)
+
+
+def test_a_pass_that_repeats_none_is_refused() -> None:
+    head, calls = auxiliary_head(6, 4, "mlp").double(), 0
+
+    def changing(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return head(x * calls)
+
+    with pytest.raises(DataError, match="of no recent call; leave the head out"):
+        checkpoint(changing, logits(0, 8, 6), use_reentrant=False).sum().backward()
 
 
 def test_wrong_names_are_refused_with_those_that_there_are() -> None:
