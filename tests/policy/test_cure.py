@@ -251,6 +251,30 @@ def test_3_special_and_short_tokens_are_never_critical():
     assert (cut > 0).any()
 
 
+def test_3_a_vocabulary_of_single_characters_has_critical_tokens_on_request_and_a_warning_without():
+    decoded, special = ["<pad>", "<eos>", " ", "\n", "7", "+", "="], (0, 1)
+    with pytest.warns(UserWarning, match="none of 7 tokens has 2 characters.*set shortest to 1"):
+        assert not critical_tokens(decoded, special).any()
+    assert critical_tokens(decoded, special, 1).tolist() == [False] * 4 + [True] * 3
+    assert critical_tokens(decoded, special, 0).tolist() == [False] * 2 + [True] * 5
+    sampler = CureSampler(samples=16, k=2, shortest=1).for_vocabulary(decoded, special)
+    batch = sampler(LogitsEngine(TableLab(), Table(prompts=5)), list(range(5)), Clock())
+    cut, is_branch = batch.columns["cut"], batch.columns["branch"] > 0
+    assert (cut[is_branch] > 0).any()
+    parent = batch.group * 16 + batch.columns["family"]
+    critical = batch.ids[parent].gather(1, cut[:, None])[:, 0]
+    assert set(critical[cut > 0].tolist()) <= {4, 5, 6}
+    assert sampler.for_vocabulary(["xx"], ()) is sampler
+    with pytest.warns(UserWarning, match="every branch is a whole new answer"):
+        CureSampler().for_vocabulary(decoded, special)
+
+
+def test_3_special_ids_beyond_the_table_change_nothing_and_negative_ones_are_refused():
+    assert critical_tokens(["xx", "yy"], special=[1, 2, 99]).tolist() == [True, False]
+    with pytest.raises(DataError, match="-1 is no token id"):
+        critical_tokens(["xx", "yy"], special=[-1])
+
+
 def test_3_the_chosen_position_is_among_the_k_largest():
     engine, batch = modsum_batch(SMALL)
     first = PlainSampler(2)(engine, [0, 1, 2], Clock(step=1))
@@ -603,6 +627,7 @@ def test_rollouts_without_branches_ask_once():
         ({"temperature": 0.0}, "temperature > 0"),
         ({"keep": "head"}, "give one"),
         ({"prefix_limit": -1}, "number of tokens"),
+        ({"shortest": -1}, "number of characters"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options, message):

@@ -15,6 +15,7 @@ from uncollapse.errors import ConfigError
 from uncollapse.policy.batch import Batch, Clock, Columns, join
 from uncollapse.policy.cure.families import family_variance
 from uncollapse.policy.cure.positions import (
+    SHORTEST,
     Keep,
     Mode,
     Rows,
@@ -59,7 +60,9 @@ class CureSampler:
 
     `prefix_limit` is the most tokens that a branch keeps. Cuts beyond it are no candidates (`keep="reject"`), or are
     moved back to it (`keep="head"`, what the released truncation amounts to). `token_ok` is a table over the vocabulary
-    from `critical_tokens`; None lets any token be critical. It belongs to a tokenizer, hence to no YAML file.
+    from `critical_tokens`; None lets any token be critical. It belongs to a tokenizer, hence to no YAML file: an engine
+    with a tokenizer makes it, of tokens with at least `shortest` characters (1 for a tokenizer of single characters,
+    in whose vocabulary no token is critical otherwise).
 
     With `branches=0` it is `PlainSampler`. Branches are on-policy continuations, but of prefixes chosen by entropy: the
     states that the group visits are not those of the policy, and nothing corrects for it. Defaults: the official
@@ -72,6 +75,7 @@ class CureSampler:
     mode: Mode = "entropy"
     prefix_limit: int | None = None
     keep: Keep = "reject"
+    shortest: int = SHORTEST
     temperature: float = 1.0
     token_ok: Bool[Tensor, " vocab"] | None = field(default=None, compare=False, repr=False)
     needs: Needs = field(default=frozenset({"ids", "length", Entropy("old")}), init=False, repr=False)
@@ -97,14 +101,19 @@ class CureSampler:
             )
         if self.prefix_limit is None and self.keep == "head":
             raise ConfigError("cure: keep='head' says what to do at a prefix_limit; give one")
+        if self.shortest < 0:
+            raise ConfigError(f"cure: shortest is a number of characters, 0 or more; got {self.shortest}")
         if self.prefix_limit is not None and self.prefix_limit < 0:
             raise ConfigError(f"cure: prefix_limit is a number of tokens; got {self.prefix_limit}")
 
     def for_vocabulary(self, decoded: Sequence[str], special: Iterable[int]) -> CureSampler:
-        """The same sampler with the table of `critical_tokens`, unless it has one. Engines with a tokenizer call this."""
+        """The same sampler with the table of `critical_tokens`, unless it has one. Engines with a tokenizer call this.
+
+        Warns where no token is critical.
+        """
         if self.token_ok is not None:
             return self
-        return replace(self, token_ok=critical_tokens(decoded, special))
+        return replace(self, token_ok=critical_tokens(decoded, special, self.shortest))
 
     @property
     def originals(self) -> int:

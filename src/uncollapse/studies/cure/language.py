@@ -79,18 +79,21 @@ class Writer:
         return list(row[:stop])
 
 
-def token_table(tokenizer: Any, size: int) -> Bool[Tensor, " vocab"]:
+def token_table(tokenizer: Any, size: int, shortest: int) -> Bool[Tensor, " vocab"]:
     """`critical_tokens` of a tokenizer, for a vocabulary of `size`."""
     decoded = [tokenizer.decode([token]) for token in range(size)]
-    return critical_tokens(decoded, special=[token for token in tokenizer.all_special_ids if token < size])
+    return critical_tokens(decoded, tokenizer.all_special_ids, shortest)
 
 
-def branch_a_model(name: str, prompts: int, tokens: int, seed: int = 0) -> dict[str, Any]:
+def branch_a_model(
+    name: str, prompts: int, tokens: int, seed: int = 0, *, shortest: int = 2
+) -> dict[str, Any]:
     """Branch answers of a model at critical and at random positions of the same answers.
 
     Per prompt, means over its originals: entropy of the answer and at the critical and the random position; different
     first tokens among the branches, sampled and expected. `broken` counts branches that do not continue prompt and
-    prefix, `short` critical tokens that the table excludes: both have to be 0. Empty where the model is not there.
+    prefix, `short` critical tokens that the table excludes: both have to be 0. `shortest` as in `critical_tokens`. Empty
+    where the model is not there.
     """
     try:
         model, tokenizer = load(name)
@@ -98,7 +101,7 @@ def branch_a_model(name: str, prompts: int, tokens: int, seed: int = 0) -> dict[
     except (MissingExtra, MissingWeights) as error:
         return {"missing": str(error), "prompts": []}
     asked = [_encoded(tokenizer, row["prompt"]) for row in rows]
-    table = token_table(tokenizer, model.config.vocab_size)
+    table = token_table(tokenizer, model.config.vocab_size, shortest)
     found: list[dict[str, float]] = [{} for _ in asked]
     counts = {"broken": 0, "short": 0, "rows": 0}
     for mode, label in (("entropy", "critical"), ("random", "random")):
