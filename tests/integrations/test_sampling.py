@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from uncollapse.policy.batch import PARTS, join
 from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.samplers import PlainSampler
 from uncollapse.policy.stats import Entropy
+from uncollapse.token_dump import read_dump
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -136,6 +138,27 @@ def test_idle_rows_fill_up_what_the_micro_batches_could_not_share_equally(tmp_pa
     assert not filled.last.columns["scale"][idle].any()
     for x, y in zip(a.gradients[0], b.gradients[0], strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_idle_rows_are_neither_counted_nor_dumped(tmp_path, rows):
+    """Right throughout, one prompt of two answered again: all tempered answers are right and a third of the rows."""
+    split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+    made = recipe("aepo-arbitrary")
+    made = replace(made, sampler=replace(made.sampler, share=0.5, alpha=0.5))
+    trainer, _ = run(
+        tmp_path, Recording, recipe=made, reward=lambda completions, **_: [1.0] * len(completions),
+        max_steps=1, dump_tokens=tmp_path / "dump", **split,
+    )  # fmt: skip
+    assert int((trainer.last.columns["part"] == PARTS["idle"]).sum()) == (4 if rows == 1 else 0)
+    logged = trainer.state.log_history[0]
+    assert logged["tempered/positive/frac"] == 1
+    assert logged["tempered/rows/frac"] == pytest.approx(1 / 3)
+    (tokens,) = read_dump(tmp_path / "dump")
+    taken = trainer.last.columns["part"] != PARTS["idle"]
+    assert sorted(set(tokens.integer("uid").tolist())) == trainer.last.uid[taken].tolist()
+    assert np.isfinite(tokens.number("logp")[tokens.mask]).all()
+    assert (tokens.number("weight")[tokens.mask] > 0).all()
 
 
 def test_a_rollout_function_knows_no_prefixes(tmp_path):

@@ -98,7 +98,7 @@ class _SteeredSampler:
 
     def metrics(self, batch: Batch, own: Columns) -> Metrics:
         """Temperature, distance to the target, duty cycle, saturation and the share of tempered rows."""
-        rows = torch.tensor(float(len(batch)), dtype=torch.float64, device=batch.mask.device)
+        rows = (batch.columns["part"] != PARTS["idle"]).double().sum()
         extra = _tempered(batch).double().sum()
         return {**_steering_metrics(self.controller, rows), "tempered/rows/frac": (extra, rows)}
 
