@@ -254,6 +254,19 @@ def test_06_alpha_scales_the_loss(seed: int) -> None:
     assert tempered_positive_loss(logp, old, reward, mask, 0.0, clip=0.2) == 0
 
 
+@pytest.mark.parametrize("agg", ["row", "token"])
+@pytest.mark.parametrize("far", [89.0, 1e4])
+def test_far_ratios_have_a_finite_gradient_in_float32(agg: str, far: float) -> None:
+    logp = torch.tensor([[0.0, -1.0], [-far, -1.0]], requires_grad=True)
+    old = torch.tensor([[-far, -1.0], [0.0, -1.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    loss = tempered_positive_loss(logp, old, torch.ones(2), mask, 1.0, clip=0.2, agg=agg)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert torch.isfinite(loss)
+    assert gradient.tolist() == [[0.0, pytest.approx(-0.25)], [0.0, pytest.approx(-0.25)]]
+    assert torch.isfinite(tempered_reweighting(logp, old, torch.ones(2), 0.1)).all()
+
+
 # 7 ----------------------------------------------------------------------------------------------------------------
 
 
