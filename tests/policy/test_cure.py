@@ -614,6 +614,27 @@ def test_rollouts_without_branches_ask_once():
     assert group.parent.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("generate", "entropy", "prompts", "message"),
+    [
+        (lambda rows: rows, lambda rows, _: torch.zeros(len(rows), 1), [], "there are no prompts"),
+        (lambda rows: rows[1:], lambda rows, _: torch.zeros(len(rows), 1), [[1]], "1 continuations of 2"),
+        (lambda rows: rows, lambda rows, _: torch.zeros(len(rows), 3), [[1]], r"shape \(2, 3\).*\(2, 1\)"),
+        (lambda rows: rows, lambda rows, _: torch.zeros(1, 1), [[1]], r"shape \(1, 1\).*\(2, 1\)"),
+    ],
+)
+def test_functions_that_do_not_fit_are_named(generate, entropy, prompts, message):
+    with pytest.raises(DataError, match=message):
+        CureSampler(samples=4, branches=1).rollout(generate, entropy, prompts)
+
+
+def test_rows_that_do_not_fit_their_padding_are_named():
+    with pytest.raises(DataError, match="longest row has 3 tokens, more than length=2"):
+        left_pad([[1], [1, 2, 3]], length=2)
+    with pytest.raises(DataError, match="no rows"):
+        left_pad([])
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -135,10 +135,17 @@ def left_pad(
 ) -> tuple[Int[Tensor, "row time"], Int[Tensor, "row time"], Int[Tensor, "row time"]]:
     """Ids padded on the left, attention mask (0...01...1) and position ids (cumulative mask - 1, at least 0).
 
-    `length` defaults to the longest row; it has to be at least that.
+    `length` defaults to the longest row. Raises `DataError` if it is below that, and for no rows at all.
     """
+    if not rows:
+        raise DataError("left_pad: there are no rows; give at least one")
     widths = torch.tensor([len(row) for row in rows])
-    length = int(widths.max()) if length is None else length
+    longest = int(widths.max())
+    length = longest if length is None else length
+    if length < longest:
+        raise DataError(
+            f"left_pad: the longest row has {longest} tokens, more than length={length}; raise it"
+        )
     ids = torch.tensor([[pad_id] * (length - len(row)) + list(row) for row in rows], dtype=torch.long)
     attention = (torch.arange(length) >= length - widths[:, None]).long()
     return ids, attention, (attention.cumsum(1) - 1).clamp(min=0)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.policy.batch import Batch, Clock, Columns, join
 from uncollapse.policy.cure.families import family_variance
 from uncollapse.policy.cure.positions import (
@@ -172,11 +172,15 @@ class CureSampler:
 
         `generate(prompts)` gives one continuation per prompt, `entropy(prompts, responses)` the entropy (nats) of the
         distribution that each token was drawn from, padded on the right. `max_prompt_len` limits prompt and prefix
-        together, as the released code does; beyond it, `keep` decides.
+        together, as the released code does; beyond it, `keep` decides. The entropy may be on any device; the result is on
+        the CPU. Raises `DataError` for no prompts, and for a number of continuations or a shape of the entropy that does
+        not fit.
         """
+        if not prompts:
+            raise DataError("cure: there are no prompts; give at least one")
         clock = clock or Clock()
         parents = [list(prompt) for prompt in prompts for _ in range(self.originals)]
-        first = [list(response) for response in generate(parents)]
+        first = _continued(generate, parents)
         ids, mask = _pad_right(first, pad_id)
         lengths = torch.tensor([len(parent) for parent in parents])
         uniform = clock.uniform(torch.arange(len(parents)), 1, "cure")[:, 0]
@@ -184,12 +188,18 @@ class CureSampler:
         if max_prompt_len is not None:
             room = max_prompt_len - lengths
             limit = room if limit is None else room.clamp(max=limit)
-        cut = self._choose(entropy(parents, first), ids, mask, uniform, limit=limit)
+        level = entropy(parents, first)
+        if level.shape != mask.shape:
+            raise DataError(
+                f"cure: entropy gave shape {tuple(level.shape)} for {len(first)} responses of up to {mask.shape[1]} tokens; "
+                f"it has to be {tuple(mask.shape)}, padded on the right"
+            )
+        cut = self._choose(level.to(mask.device), ids, mask, uniform, limit=limit)
         starts = branch_prompts(parents, first, cut, max_prompt_len, self.keep)
         parent = torch.arange(len(parents))
         branch = parent.repeat_interleave(self.branches)
         begun = [starts[row] for row in branch.tolist()]
-        second = [list(response) for response in generate(begun)] if begun else []
+        second = _continued(generate, begun) if begun else []
         order = _group_order(len(prompts), self.originals, self.branches)
         place = order.argsort()  # where a row of the two rounds stands in group order
         all_parents = torch.cat([parent, branch])[order]
@@ -271,6 +281,16 @@ def unbranched(batch: Batch, samples: int) -> Batch:
     """Independent answers: each is the only one of its family."""
     none = torch.zeros_like(batch.uid)
     return _labelled(batch, family=batch.uid % samples, branch=none, cut=none)
+
+
+def _continued(generate: Callable[[Rows], Rows], prompts: Rows) -> list[list[int]]:
+    """One continuation per prompt, or `DataError`."""
+    found = [list(response) for response in generate(prompts)]
+    if len(found) != len(prompts):
+        raise DataError(
+            f"cure: generate gave {len(found)} continuations of {len(prompts)} prompts; give one for each"
+        )
+    return found
 
 
 def _pad_right(rows: Rows, pad_id: int) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:
