@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import toy
 from test_trl import Recording, run
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.batch import PARTS, join
+from uncollapse.policy.cure import CureSampler
 from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.samplers import PlainSampler
 from uncollapse.policy.stats import Entropy
@@ -138,6 +139,39 @@ def test_idle_rows_fill_up_what_the_micro_batches_could_not_share_equally(tmp_pa
     assert not filled.last.columns["scale"][idle].any()
     for x, y in zip(a.gradients[0], b.gradients[0], strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+CURE = replace(recipe("cure"), sampler=CureSampler(samples=4, k=5, shortest=1))
+
+
+def test_cure_branches_within_the_limit_of_prompt_and_prefix(tmp_path):
+    free, _ = run(tmp_path / "free", Watching, recipe=CURE, max_steps=1)
+    limited = replace(CURE, sampler=replace(CURE.sampler, max_prompt_len=7))
+    trainer, _ = run(tmp_path / "limited", Watching, recipe=limited, max_steps=1)
+    for made, most in ((free, 8), (trainer, 7)):
+        raw = made.raw
+        cut, branch = raw.columns["cut"], raw.columns["branch"] > 0
+        assert torch.equal(raw.columns["prompt_length"], torch.tensor([*map(len, raw.columns["prompt"])]))
+        assert (cut[branch] > 0).any()
+        assert int(raw.columns["prompt_length"][branch].max()) == most
+        for row in branch.nonzero()[:, 0].tolist():
+            parent = int(raw.group[row]) * 4
+            kept = raw.ids[parent, : int(cut[row])].tolist()
+            assert raw.columns["prompt"][row] == [*raw.columns["prompt"][parent], *kept]
+
+
+def test_a_vocabulary_without_critical_tokens_is_warned_of(tmp_path):
+    made = replace(CURE, sampler=CureSampler(samples=4))
+    with pytest.warns(UserWarning, match="no token is critical"):
+        trainer, _ = run(tmp_path, Watching, recipe=made, max_steps=1)
+    assert not trainer.raw.columns["cut"].any()
+
+
+def test_what_does_not_fit_into_the_model_is_refused(tmp_path):
+    model = toy.llama()
+    model.config.max_position_embeddings = 12
+    with pytest.raises(DataError, match=r"6 may follow, but the model has room for 12.*max_prompt_len=6"):
+        run(tmp_path, recipe=CURE, model=model, max_steps=1)
 
 
 @pytest.mark.parametrize("rows", [1, 8])

@@ -600,11 +600,33 @@ def test_rollouts_with_a_function_have_the_same_shape():
 def test_rollouts_keep_to_the_limit_of_prompts():
     for keep, expected in (("reject", [2, 4]), ("head", [3, 4])):
         world = Scripted()
-        sampler = CureSampler(samples=4, branches=1, k=1, keep=keep, prefix_limit=4)
-        group = sampler.rollout(world.generate, world.entropy, [[1, 2], [3]], max_prompt_len=5)
+        sampler = CureSampler(samples=4, branches=1, k=1, keep=keep, prefix_limit=4, max_prompt_len=5)
+        group = sampler.rollout(world.generate, world.entropy, [[1, 2], [3]])
         cuts = group.branch_pos.view(2, 4)[:, 2:]
         assert cuts.tolist() == [[e] * 2 for e in expected]
         assert max(map(len, world.asked[1])) <= 5
+
+
+@pytest.mark.parametrize(("keep", "cuts"), [("reject", {1, 2}), ("head", {1, 2})])
+def test_6_a_prompt_and_its_prefix_share_one_limit(keep, cuts):
+    sampler = CureSampler(k=20, max_prompt_len=7, keep=keep)
+    assert "prompt_length" in sampler.needs
+    assert "prompt_length" not in CureSampler().needs
+    mask = torch.ones(80, 6, dtype=torch.bool)
+    level = torch.rand(80, 6, generator=torch.Generator().manual_seed(0))
+    columns = {"ids": mask.long(), "prompt_length": torch.tensor([5, 3] * 40)}
+    batch = Batch(torch.arange(80), mask, columns, {Entropy("old"): level})
+    cut = sampler.cuts(batch)
+    assert set(cut[::2].tolist()) == cuts
+    assert set(cut[1::2].tolist()) == {1, 2, 3, 4}
+    lower = replace(sampler, prefix_limit=3).cuts(batch)
+    assert set(lower[1::2].tolist()) == {1, 2, 3}
+    with pytest.raises(DataError, match="a prompt has 9 tokens, more than max_prompt_len=7"):
+        sampler.cuts(batch.with_columns(prompt_length=torch.full((80,), 9)))
+    world = Scripted()
+    with pytest.raises(DataError, match="a prompt has 8 tokens"):
+        sampler.rollout(world.generate, world.entropy, [[1] * 8])
+    assert {"prompt_length", "fresh_prompts"} <= TwoStageSampler(max_prompt_len=7, rounds=2).needs
 
 
 def test_rollouts_without_branches_ask_once():
@@ -649,6 +671,7 @@ def test_rows_that_do_not_fit_their_padding_are_named():
         ({"keep": "head"}, "give one"),
         ({"prefix_limit": -1}, "number of tokens"),
         ({"shortest": -1}, "number of characters"),
+        ({"max_prompt_len": 0}, "1 or more"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options, message):

@@ -59,7 +59,8 @@ class CureSampler:
     `within_family`, `between_families` (variance of the verifier's reward, of the row's group).
 
     `prefix_limit` is the most tokens that a branch keeps. Cuts beyond it are no candidates (`keep="reject"`), or are
-    moved back to it (`keep="head"`, what the released truncation amounts to). `token_ok` is a table over the vocabulary
+    moved back to it (`keep="head"`, what the released truncation amounts to). `max_prompt_len` limits prompt and prefix
+    together, as the released code does, in the same way; it needs the engine's column `prompt_length`. `token_ok` is a table over the vocabulary
     from `critical_tokens`; None lets any token be critical. It belongs to a tokenizer, hence to no YAML file: an engine
     with a tokenizer makes it, of tokens with at least `shortest` characters (1 for a tokenizer of single characters,
     in whose vocabulary no token is critical otherwise).
@@ -74,6 +75,7 @@ class CureSampler:
     k: int = 20
     mode: Mode = "entropy"
     prefix_limit: int | None = None
+    max_prompt_len: int | None = None
     keep: Keep = "reject"
     shortest: int = SHORTEST
     temperature: float = 1.0
@@ -99,12 +101,20 @@ class CureSampler:
             raise ConfigError(
                 f"cure: mode is entropy or random, keep is reject or head; got {self.mode!r}, {self.keep!r}"
             )
-        if self.prefix_limit is None and self.keep == "head":
-            raise ConfigError("cure: keep='head' says what to do at a prefix_limit; give one")
+        if self.prefix_limit is None and self.max_prompt_len is None and self.keep == "head":
+            raise ConfigError(
+                "cure: keep='head' says what to do at a prefix_limit or max_prompt_len; give one"
+            )
         if self.shortest < 0:
             raise ConfigError(f"cure: shortest is a number of characters, 0 or more; got {self.shortest}")
         if self.prefix_limit is not None and self.prefix_limit < 0:
             raise ConfigError(f"cure: prefix_limit is a number of tokens; got {self.prefix_limit}")
+        if self.max_prompt_len is not None:
+            if self.max_prompt_len < 1:
+                raise ConfigError(
+                    f"cure: max_prompt_len is a number of tokens, 1 or more; got {self.max_prompt_len}"
+                )
+            object.__setattr__(self, "needs", self.needs | {"prompt_length"})
 
     def for_vocabulary(self, decoded: Sequence[str], special: Iterable[int]) -> CureSampler:
         """The same sampler with the table of `critical_tokens`, unless it has one. Engines with a tokenizer call this.
@@ -152,10 +162,14 @@ class CureSampler:
         )
 
     def cuts(self, batch: Batch) -> Int[Tensor, " row"]:
-        """Where each row would be cut, from its `Entropy("old")`; the draw belongs to row and clock."""
+        """Where each row would be cut, from its `Entropy("old")`; the draw belongs to row and clock.
+
+        Raises `DataError` for a prompt beyond `max_prompt_len`.
+        """
         uniform = batch.clock.uniform(batch.uid, 1, "cure")[:, 0]
+        lengths = None if self.max_prompt_len is None else batch.columns["prompt_length"]
         return self._choose(
-            batch.stats[Entropy("old")], batch.ids, batch.mask, uniform, limit=self.prefix_limit
+            batch.stats[Entropy("old")], batch.ids, batch.mask, uniform, limit=self._limit(lengths)
         )
 
     def rollout(
@@ -164,17 +178,15 @@ class CureSampler:
         entropy: Callable[[Rows, Rows], Float[Tensor, "row time"]],
         prompts: Rows,
         *,
-        max_prompt_len: int | None = None,
         pad_id: int = 0,
         clock: Clock | None = None,
     ) -> RolloutGroup:
         """The same two rounds with any generate function: `transformers`, an inference server, a script.
 
         `generate(prompts)` gives one continuation per prompt, `entropy(prompts, responses)` the entropy (nats) of the
-        distribution that each token was drawn from, padded on the right. `max_prompt_len` limits prompt and prefix
-        together, as the released code does; beyond it, `keep` decides. The entropy may be on any device; the result is on
-        the CPU. Raises `DataError` for no prompts, and for a number of continuations or a shape of the entropy that does
-        not fit.
+        distribution that each token was drawn from, padded on the right. The entropy may be on any device; the result is on
+        the CPU. Raises `DataError` for no prompts, for a prompt beyond `max_prompt_len`, and for a number of
+        continuations or a shape of the entropy that does not fit.
         """
         if not prompts:
             raise DataError("cure: there are no prompts; give at least one")
@@ -184,10 +196,7 @@ class CureSampler:
         ids, mask = _pad_right(first, pad_id)
         lengths = torch.tensor([len(parent) for parent in parents])
         uniform = clock.uniform(torch.arange(len(parents)), 1, "cure")[:, 0]
-        limit: int | Tensor | None = self.prefix_limit
-        if max_prompt_len is not None:
-            room = max_prompt_len - lengths
-            limit = room if limit is None else room.clamp(max=limit)
+        limit = self._limit(lengths)
         level = entropy(parents, first)
         if level.shape != mask.shape:
             raise DataError(
@@ -195,7 +204,7 @@ class CureSampler:
                 f"it has to be {tuple(mask.shape)}, padded on the right"
             )
         cut = self._choose(level.to(mask.device), ids, mask, uniform, limit=limit)
-        starts = branch_prompts(parents, first, cut, max_prompt_len, self.keep)
+        starts = branch_prompts(parents, first, cut, self.max_prompt_len, self.keep)
         parent = torch.arange(len(parents))
         branch = parent.repeat_interleave(self.branches)
         begun = [starts[row] for row in branch.tolist()]
@@ -235,6 +244,18 @@ class CureSampler:
             "cure/reward/within": over(batch.columns["within_family"], rows),
             "cure/reward/between": over(batch.columns["between_families"], rows),
         }
+
+    def _limit(self, prompt_length: Int[Tensor, " row"] | None) -> int | Int[Tensor, " row"] | None:
+        """The most tokens that a branch of each row may keep; None where nothing limits it."""
+        if self.max_prompt_len is None or prompt_length is None:
+            return self.prefix_limit
+        room = self.max_prompt_len - prompt_length
+        if bool((room < 0).any()):
+            raise DataError(
+                f"cure: a prompt has {int(prompt_length.max())} tokens, more than max_prompt_len={self.max_prompt_len}; "
+                "raise that, or leave long prompts out"
+            )
+        return room if self.prefix_limit is None else room.clamp(max=self.prefix_limit)
 
     def _choose(
         self,
