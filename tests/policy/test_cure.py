@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab import Table, TableLab, loss_and_gradient, moved_on, prepared
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.models import load
 from uncollapse.policy.batch import Batch, Clock
 from uncollapse.policy.cure import (
     CureSampler,
     FamilyAdvantage,
+    ModelWriter,
     TwoStageSampler,
     TwoStageSchedule,
     branch_prompts,
@@ -655,6 +657,62 @@ def test_rows_that_do_not_fit_their_padding_are_named():
         left_pad([[1], [1, 2, 3]], length=2)
     with pytest.raises(DataError, match="no rows"):
         left_pad([])
+
+
+# ---- a language model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = load("tiny")
+    return model.eval(), tokenizer
+
+
+def test_a_model_is_branched_where_it_is_undecided(tiny):
+    model, tokenizer = tiny
+    decoded = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    sampler = CureSampler(samples=8, k=2, shortest=1, temperature=0.7)
+    sampler = sampler.for_vocabulary(decoded, tokenizer.all_special_ids)
+    prompts = tokenizer(["12 + 30 =", "sum5=2:"])["input_ids"]
+    state = torch.get_rng_state()
+    groups = []
+    for _ in range(2):
+        writer = ModelWriter(model, tokenizer, max_new_tokens=9, temperature=0.7)
+        groups.append(
+            sampler.rollout(writer.generate, writer.entropy, prompts, pad_id=tokenizer.pad_token_id)
+        )
+    group = groups[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(group.response_ids, groups[1].response_ids)
+    assert (group.branch_pos > 0).any()
+    for row in (group.branch_pos > 0).nonzero()[:, 0].tolist():
+        parent, cut = int(group.parent[row]), int(group.branch_pos[row])
+        answer = group.response_ids[parent][group.response_mask[parent]].tolist()
+        asked = prompts[int(group.group_id[row])]
+        assert group.ids[row, -int(group.prompt_len[row]) :].tolist() == [*asked, *answer[:cut]]
+        logits = torch.stack(
+            [
+                model(torch.tensor([[*asked, *answer[:end]]])).logits[0, -1].detach()
+                for end in range(len(answer))
+            ]
+        )
+        expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+        torch.testing.assert_close(writer.entropy([asked], [answer])[0], expected, atol=1e-4, rtol=1e-4)
+        critical = [t for t in range(1, len(answer)) if sampler.token_ok[answer[t]]]
+        assert cut in sorted(critical, key=lambda t: -expected[t])[:2]
+    assert writer.entropy([[5]], [[]]).shape == (1, 0)
+
+
+def test_what_a_model_cannot_write_is_refused(tiny):
+    model, tokenizer = tiny
+    for options in ({"max_new_tokens": 0}, {"max_new_tokens": 4, "temperature": 0.0}):
+        with pytest.raises(ConfigError, match="max_new_tokens >= 1 and temperature > 0"):
+            ModelWriter(model, tokenizer, **options)
+    writer = ModelWriter(model, tokenizer, max_new_tokens=500)
+    with pytest.raises(DataError, match=r"20 tokens and 500 may follow.*room for 512.*max_prompt_len=12"):
+        writer.generate([[5] * 20])
+    with pytest.raises(DataError, match="a prompt has no token"):
+        writer.generate([[5], []])
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

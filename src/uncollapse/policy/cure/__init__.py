@@ -37,6 +37,7 @@ from uncollapse.policy.cure.positions import (
 )
 from uncollapse.policy.cure.sampler import CureSampler, RolloutGroup
 from uncollapse.policy.cure.two_stages import TwoStageSampler, TwoStageSchedule
+from uncollapse.policy.cure.writer import ModelWriter
 from uncollapse.policy.recipe import register
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.rewards import SoftOverlong
@@ -45,6 +46,7 @@ from uncollapse.policy.stages.surrogates import PPOClip
 __all__ = [
     "CureSampler",
     "FamilyAdvantage",
+    "ModelWriter",
     "RolloutGroup",
     "TwoStageSampler",
     "TwoStageSchedule",
