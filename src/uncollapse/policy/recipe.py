@@ -146,7 +146,7 @@ class Recipe:
     @property
     def columns(self) -> frozenset[str]:
         """Columns that the engine has to bring."""
-        given = {"weight", "keep", "clipped", "advantage", "old_logp", "part", "scale", "reward"}
+        given = {"weight", "keep", "clipped", "advantage", "old_logp", "part", "sampled", "scale", "reward"}
         given.update(*(_gives(stage) for _, stage in self.stages()))
         needed = {need for _, stage in self.stages() for need in stage.needs if isinstance(need, str)}
         needed.update(*(slot.mean.needs for slot in self._slots))
@@ -211,9 +211,10 @@ class Recipe:
         """Rewards, filters, advantage and weights that are decided once per rollout batch, from the old policy.
 
         `batch` holds `reward`, the sampler's columns and `stats("rollout")`. Rows whose reward is NaN cannot be
-        scored: they are named in a warning, leave the loss, and no group statistic counts them.
+        scored: they are named in a warning, leave the loss, and no group statistic counts them. The column `sampled` keeps
+        the mask as it was before any row left.
         """
-        columns = {**batch.columns}
+        columns = {**batch.columns, "sampled": batch.mask}
         columns.setdefault("old_logp", batch.stats[Logp("old")])
         batch = replace(batch, columns=columns)
         batch = self._transform(batch.old_as_now(), "rollout", slots=("rewards",))
