@@ -778,6 +778,48 @@ def test_the_monitor_follows_heads_and_says_which_collapse():
     assert monitor.passes == 5
 
 
+class Checkpointed(Pair):
+    """The same, attention computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_the_monitor_leaves_out_what_checkpointing_computes_again():
+    x = draw(2, 6, 8).requires_grad_()
+    scalars = []
+    for kind in (Pair, Checkpointed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = kind().double()
+        with AttentionEntropyMonitor(model) as monitor:
+            for sharp in (
+                1.0,
+                1e4,
+            ):  # the calls of a backward pass would be counted with the next forward pass
+                model.sharp = sharp
+                model(x).sum().backward()
+        assert monitor.passes == 2
+        scalars.append(monitor.scalars())
+    assert scalars[0] == scalars[1]
+    assert scalars[1]["attention/collapsed/frac"] == 0.5
+
+
+def test_a_pass_that_fails_is_not_counted_with_the_next():
+    model, x = Pair().double(), draw(2, 6, 8)
+    with AttentionEntropyMonitor(model) as monitor:
+        model(x)
+        calm = monitor.scalars()
+        model.sharp = 1e4
+        stop = model.register_forward_hook(lambda *rest: 1 / 0, prepend=True)
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        stop.remove()
+        model.sharp = 1.0
+        model(x)
+        assert monitor.scalars() == calm
+
+
 def test_the_monitor_sees_a_drop_and_skips_passes():
     model = Pair().double()
     with AttentionEntropyMonitor(model, threshold=0.0, drop=0.3, every=2) as monitor:

@@ -20,7 +20,7 @@ from uncollapse.inspection.attention import (
     PaddingMask,
     no_attention,
 )
-from uncollapse.inspection.attention_calls import AttentionCall, attention_calls
+from uncollapse.inspection.attention_calls import AttentionCall, attention_calls, recomputing
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class AttentionEntropyMonitor:
     """Watches the attention of a model while it trains, with forward hooks; holds a few numbers per head and pass.
 
     `with AttentionEntropyMonitor(model) as monitor:` or `monitor.close()` takes the hooks off. A pass is a forward pass
-    of the model that attends. Entropies in nats, normalised ones over the logarithm of the keys that a query may see.
+    of the model that attends; what activation checkpointing computes again belongs to none. Entropies in nats, normalised
+    ones over the logarithm of the keys that a query may see.
 
     Args:
         threshold: normalised entropy below which a head has collapsed.
@@ -143,13 +144,18 @@ class AttentionEntropyMonitor:
         return self._sums
 
     def _begins(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if recomputing():
+            return
         self._padding.read(kwargs)
+        self._now.clear()  # what a pass that failed has left
 
     def _attends(self, call: AttentionCall) -> None:
         if self.passes % self.every == 0:
             self._now.add_call(call, self._padding.queries(call.query))
 
     def _ends(self, module: nn.Module, args: object, output: Any) -> None:
+        if recomputing():
+            return
         self.passes += 1
         for layer, one in self._now.layers.items():
             self._history.setdefault(layer, deque(maxlen=self._window)).append(one)

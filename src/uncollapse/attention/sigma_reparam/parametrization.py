@@ -20,6 +20,7 @@ from uncollapse.attention.sigma_reparam.estimate import (
     start_vector,
 )
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.inspection.attention_calls import recomputing
 
 GammaInit: TypeAlias = Literal["spectral", "one"] | float | int
 
@@ -101,7 +102,7 @@ class SigmaTracker(nn.Module):
         return found
 
     def _due(self) -> bool:
-        if _inside_backward():
+        if recomputing():
             return False
         due = self._pass == 0
         if self.update_every > 1:
@@ -179,8 +180,3 @@ def checked_start(
             f"the weight is {what}, so it has no norm to divide by; initialise it or leave the layer out"
         )
     return start_vector(matrix, how, generator)
-
-
-def _inside_backward() -> bool:
-    """Whether this forward pass is activation checkpointing that computes again what the backward pass needs."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
