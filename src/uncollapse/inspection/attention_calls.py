@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
+from uncollapse.inspection.weights import query_key_weights
 from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, attention_rows_of_matrix
 
 LOOKED_FOR = (
@@ -314,10 +315,7 @@ def _multi_head_call(
     given |= kwargs
     query, key = given["query"], given["key"]
     width, heads = module.embed_dim, module.num_heads
-    if module.in_proj_weight is None:
-        weight_q, weight_k = module.q_proj_weight, module.k_proj_weight
-    else:
-        weight_q, weight_k, _ = module.in_proj_weight.split(width)
+    weight_q, weight_k = query_key_weights(module)
     bias_q = bias_k = None
     if module.in_proj_bias is not None:
         bias_q, bias_k, _ = module.in_proj_bias.split(width)
