@@ -25,6 +25,7 @@ from uncollapse.attention.sigma_reparam import (
     SigmaReparamLinear,
     SigmaTracker,
     apply_sigma_reparam,
+    conversion,
     estimate,
     fuse,
     plain_state_dict,
@@ -556,6 +557,44 @@ def test_multi_head_attention(options):
     attention(q, k, v)[0].sum().backward()
     assert all(p.grad is not None for p in attention.parameters())
     same(fuse(model)["attn"](q, k, v)[0], before)
+
+
+class Counted(SigmaReparam):
+    """Counts its power steps."""
+
+    def estimate(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        before = self.u.clone()
+        found = super().estimate(weight)
+        self.steps = getattr(self, "steps", 0) + (not torch.equal(before, self.u))
+        return found
+
+
+@pytest.mark.parametrize("update_every", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 7}])
+def test_multi_head_attention_takes_one_step_a_pass(options, update_every, monkeypatch):
+    monkeypatch.setattr(conversion, "SigmaReparam", Counted)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, **options).double()
+    apply_sigma_reparam(attention, u_init="random", update_every=update_every, generator=generator(1))
+    inputs = [draw(2, 5, options.get(width, 8), seed=1) for width in ("", "kdim", "vdim")]
+    copied = copy.deepcopy(attention)
+    for passes in range(1, 7):
+        attention(*inputs)
+        steps = {name: found[0].steps for name, found in attention.parametrizations.items()}
+        steps["out_proj"] = reparam(attention.out_proj).steps
+        assert set(steps.values()) == {-(-passes // update_every)}, passes
+    weight = next(iter(attention.parametrizations))
+    getattr(attention, weight)  # no pass
+    assert reparam(attention, weight).steps == 6 // update_every
+    checkpoint(lambda: attention(*inputs)[0], use_reentrant=False).sum().backward()
+    assert reparam(attention, weight).steps == 6 // update_every + 1
+    getattr(attention, weight)
+    assert reparam(attention, weight).steps == 6 // update_every + 1
+    before = reparam(copied, weight).u.clone()
+    copied.eval()(*inputs)
+    assert torch.equal(reparam(copied, weight).u, before)
+    copied.train()(*inputs)
+    assert reparam(copied, weight).steps == 1
+    assert type(fuse(attention)) is nn.MultiheadAttention
 
 
 def test_transformer_encoder_of_torch_with_and_without_norms():
