@@ -12,6 +12,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import uncollapse
+from uncollapse.attention.entropy_guided_attention import (
+    EntropyRegularizer,
+    SoftmaxOnlyBlock,
+    attach_entropy_regularizer,
+)
 from uncollapse.attention.sigma_reparam import apply_sigma_reparam
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.inspection.features import blocks_of, head_inputs, head_of
@@ -178,6 +183,35 @@ def test_reading_a_parametrised_model_changes_nothing(llama, put_on):
         for name, value in other.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
         assert all(module.training for module in model.modules())
+
+
+def test_spectra_are_of_the_weights_computed_with():
+    torch.manual_seed(0)
+    layers = nn.ModuleDict(
+        {"attn": nn.MultiheadAttention(8, 2), "conv": nn.Conv2d(4, 6, 3), "map": nn.Linear(5, 7)}
+    )
+    names = [one.name for one in weight_spectra(layers)]
+    assert names == ["attn.in_proj_weight", "attn.out_proj.weight", "conv.weight", "map.weight"]
+    apply_sigma_reparam(layers, gamma_init=3.0)
+    found = {one.name: one for one in weight_spectra(layers)}
+    assert sorted(found) == sorted(names)
+    assert all(one.spectral_norm == pytest.approx(3, rel=1e-5) for one in found.values())
+    assert found["conv.weight"].shape == (6, 36)
+    shared = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    for layer in shared:
+        layer.weight = shared[0].weight
+    spectral_norm(shared[0])
+    assert [one.name for one in weight_spectra(shared)] == ["0.weight"]
+
+
+def test_spectra_leave_out_what_maps_nothing(llama):
+    names = [one.name for one in weight_spectra(llama)]
+    attach_entropy_regularizer(llama, EntropyRegularizer())
+    assert [one.name for one in weight_spectra(llama)] == names
+    block = SoftmaxOnlyBlock(width=8, heads=2, context=6)
+    assert [one.name for one in weight_spectra(block)] == [
+        "attention.qkv.weight", "attention.out.weight", "feed_forward.linear.weight",
+    ]  # fmt: skip
 
 
 def test_the_norm_of_the_logit_map_is_of_the_weights_computed_with():

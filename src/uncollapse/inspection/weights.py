@@ -34,6 +34,10 @@ class WeightSpectrum:
 def weight_spectra(model: nn.Module, *, least: int = 2) -> list[WeightSpectrum]:
     """Every floating-point weight with at least two axes and `least` rows and columns; tied ones once.
 
+    Weights are the parameters that their layers call so (`weight`, `in_proj_weight`, `weight_hh_l0`), under that name and
+    as the layer computes with them, parametrised or not. What else has two axes (positions, thresholds, temperatures) maps
+    nothing and is left out.
+
     Singular values are exact: of the matrix where it is small, of its Gram matrix in float64 where one side is much
     longer (embeddings), which is precise to about 1e-8 of the largest.
 
@@ -72,9 +76,16 @@ def effective_weight(layer: nn.Module, name: str) -> Tensor:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Float[Tensor, "row column"]]]:
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and parameter.is_floating_point():
-            yield name, parameter.detach().flatten(1)
+    seen = set()
+    for layer_name, layer in model.named_modules():
+        parametrised = getattr(layer, "parametrizations", {})
+        kept = {name: next(found.parameters(), None) for name, found in parametrised.items()}
+        for name, parameter in (layer._parameters | kept).items():
+            if parameter is None or id(parameter) in seen or "weight" not in name:
+                continue
+            seen.add(id(parameter))
+            if parameter.ndim >= 2 and parameter.is_floating_point():
+                yield f"{layer_name}.{name}".lstrip("."), effective_weight(layer, name).flatten(1)
 
 
 def _singular_values(weight: Float[Tensor, "row column"]) -> Float[Tensor, " value"]:
