@@ -187,3 +187,32 @@ def test_what_is_refused():
         attention_rows(q * torch.nan, k)
     with pytest.raises(DataError, match="norm"):
         attention_entropy_lower_bound(-1.0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_full(dtype):
+    q, k, logits = (x.to(dtype) for x in parts(queries=40, keys=40))
+    mask = causal(40, 40)
+    exact = attention_entropy(logits=logits.double(), mask=mask, reduce="row")
+    found = attention_entropy(logits=logits, mask=mask, reduce="row")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
+    attn = logits.float().masked_fill(~mask, -torch.inf).softmax(-1).to(dtype)
+    torch.testing.assert_close(
+        attention_entropy(attn=attn, mask=mask, reduce="row").double(),
+        torch.special.entr(attn.double()).sum(-1), atol=1e-5, rtol=1e-5,
+    )  # fmt: skip
+    least = torch.finfo(dtype).min
+    shifts = torch.linspace(-1, 1, 40).to(dtype).expand(1, 1, 40, 40).masked_fill(~mask, least)
+    rows, exact_rows = (
+        attention_rows(a, b, mask=m)
+        for a, b, m in ((q, k, shifts), (q.double(), k.double(), shifts.double()))
+    )
+    torch.testing.assert_close(rows.entropy.double(), exact_rows.entropy, atol=0.05, rtol=0.05)
+    assert torch.equal(rows.allowed.double(), exact_rows.allowed)
+    torch.testing.assert_close(
+        bound_from_logits(logits, mask).double(),
+        bound_from_logits(logits.double(), mask),
+        atol=1e-5,
+        rtol=1e-4,
+    )
