@@ -574,6 +574,18 @@ def test_reentrant_checkpointing_is_refused():
         attached.penalty()
 
 
+def test_attention_that_is_not_finite_is_refused():
+    model, ids = gpt2(), torch.randint(0, 50, (2, 7))
+    attached = attach_entropy_regularizer(model, REG)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan
+    with pytest.raises(DataError, match="NaN or inf"):
+        collect_attention_entropy(model, ids)
+    model(input_ids=ids)
+    with pytest.raises(DataError, match="NaN or inf"):
+        attached.penalty()
+
+
 def test_thresholds_train_move_copy_and_keep_out_of_weight_decay():
     model = gpt2()
     attached = attach_entropy_regularizer(model, REG, theta_init=0.9)

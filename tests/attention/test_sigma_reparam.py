@@ -6,6 +6,7 @@ Checks 1 to 4 and 10, of the entropy bound, stand in tests/measure/test_attentio
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -844,6 +845,46 @@ def test_the_monitor_leaves_out_what_checkpointing_computes_again():
     assert scalars[1]["attention/collapsed/frac"] == 0.5
 
 
+def test_the_monitor_goes_on_after_a_pass_without_a_row_of_two_keys():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Pair().double()
+    x = draw(2, 6, 8)
+    with AttentionEntropyMonitor(model) as monitor:
+        model(x)
+        calm = monitor.normalized
+        model(x[:, :1])
+        assert math.isnan(monitor.scalars()["attention/normalized_entropy/min"])
+        assert monitor.scalars()["attention/entropy/mean"] == 0
+        assert monitor.collapsed() == []
+        assert all(torch.equal(monitor.normalized[layer], calm[layer]) for layer in calm)
+        assert all(torch.equal(monitor.lowest[layer], calm[layer]) for layer in calm)
+        same(monitor.entropy["first"], calm["first"] * math.log(6) / 2)
+        model.sharp = 5.0
+        model(x)
+        flags = monitor.collapsed()
+        assert {(flag.layer, flag.reason) for flag in flags} == {("second", "drop")}
+        assert all(flag.highest == float(calm["second"][flag.head]) for flag in flags)
+
+
+def test_the_monitor_counts_attention_that_is_not_finite():
+    model, x = Pair().double(), draw(2, 6, 8)
+    with AttentionEntropyMonitor(model) as monitor:
+        model(x)
+        assert monitor.scalars()["attention/nonfinite/frac"] == 0
+        x[1] = torch.nan
+        model(x)
+        one = monitor.scalars()
+        assert one["attention/nonfinite/frac"] == 0.5
+        assert math.isfinite(one["attention/entropy/mean"])
+        model(x * torch.nan)
+        two = monitor.scalars()
+        assert two["attention/nonfinite/frac"] == 1
+        assert math.isnan(two["attention/normalized_entropy/mean"])
+        assert all(value.isfinite().all() for value in monitor.normalized.values())
+        assert monitor.collapsed() == []
+
+
 def test_a_pass_that_fails_is_not_counted_with_the_next():
     model, x = Pair().double(), draw(2, 6, 8)
     with AttentionEntropyMonitor(model) as monitor:
@@ -866,7 +907,7 @@ def test_the_monitor_sees_a_drop_and_skips_passes():
             model.sharp = sharp
             model(draw(2, 6, 8))
         assert {(flag.layer, flag.reason) for flag in monitor.collapsed()} == {("second", "drop")}
-        assert monitor._seen == {"first": 2, "second": 2}
+        assert [known.tolist() for known in monitor._known.values()] == [[[2, 2], [2, 2]]] * 2
     for wrong in ({"threshold": 2.0}, {"drop": 0.0}, {"window": 1}, {"every": 0}):
         with pytest.raises(ConfigError, match="AttentionEntropyMonitor"):
             AttentionEntropyMonitor(model, **wrong)

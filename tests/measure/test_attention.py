@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure.attention import (
+    KeyMask,
     attention_entropy,
     attention_entropy_lower_bound,
     attention_rows,
+    attention_rows_of_matrix,
     bound_from_logits,
     bound_from_weights,
     uniform_causal_entropy,
@@ -183,8 +185,6 @@ def test_what_is_refused():
         attention_entropy(logits=logits, reduce="mean")
     with pytest.raises(DataError, match="heads"):
         attention_rows(q, k.repeat(1, 2, 1, 1)[:, :3])
-    with pytest.raises(DataError, match="NaN"):
-        attention_rows(q * torch.nan, k)
     with pytest.raises(DataError, match="norm"):
         attention_entropy_lower_bound(-1.0, 3)
 
@@ -216,3 +216,21 @@ def test_half_precision_is_summed_in_full(dtype):
         atol=1e-5,
         rtol=1e-4,
     )
+
+
+def test_rows_that_are_not_finite_are_marked_and_spoil_no_other():
+    q, k, logits = parts()
+    q[1, 2, 3] = torch.nan
+    q[0, 0, 0] = torch.inf
+    mask = causal(7, 7)
+    broken = torch.zeros(3, 4, 7, dtype=torch.bool)
+    broken[1, 2, 3] = broken[0, 0, 0] = True
+    whole = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    shown = whole.masked_fill(broken[..., None], torch.nan)
+    for rows in (attention_rows(q, k, causal=True), attention_rows_of_matrix(shown, KeyMask.of(mask, 7, 7))):
+        assert torch.equal(rows.nonfinite, broken)
+        assert torch.equal(rows.normalized[..., 1:].isnan(), broken[..., 1:])
+        expected = torch.special.entr(whole).sum(-1).masked_fill(broken, torch.nan)
+        torch.testing.assert_close(rows.entropy, expected, equal_nan=True, atol=1e-12, rtol=1e-12)
+        assert torch.equal(rows.peak.isnan(), broken)
+        assert torch.equal(rows.first.isnan(), broken)

@@ -148,7 +148,7 @@ def bound_from_weights(
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """What the rows of attention are like; float32 or better, NaN where a row sees no key.
+    """What the rows of attention are like; float32 or better, NaN where a row sees no key or its scores are not finite.
 
     Attributes:
         entropy: nats, 0 to ln(allowed).
@@ -161,6 +161,11 @@ class AttentionRows:
     allowed: Float[Tensor, "batch head query"]
     peak: Float[Tensor, "batch head query"]
     first: Float[Tensor, "batch head query"]
+
+    @property
+    def nonfinite(self) -> Bool[Tensor, "batch head query"]:
+        """Rows whose scores or probabilities contain NaN or inf."""
+        return self.entropy.isnan() & (self.allowed > 0)
 
     @property
     def normalized(self) -> Float[Tensor, "batch head query"]:
@@ -228,7 +233,7 @@ def attention_rows(
         softcap: scores s become softcap tanh(s / softcap) before the mask.
 
     Raises:
-        DataError: heads that the key heads do not divide, or a non-finite score.
+        DataError: heads that the key heads do not divide.
     """
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -252,11 +257,7 @@ def attention_rows(
 
 @torch.no_grad()
 def attention_rows_of_matrix(attn: Float[Tensor, "batch head query key"], mask: KeyMask) -> AttentionRows:
-    """The same statistics of probabilities that a kernel has shown, for less: one logarithm a probability.
-
-    Raises:
-        DataError: a probability is NaN.
-    """
+    """The same statistics of probabilities that a kernel has shown, for less: one logarithm a probability."""
     batch, heads, queries, keys = attn.shape
     attn = attn.detach()
     entropy, peak = attn.new_empty(2, batch, heads, queries)
@@ -270,14 +271,12 @@ def attention_rows_of_matrix(attn: Float[Tensor, "batch head query key"], mask: 
 
 def _rows(entropy: Tensor, allowed: Tensor, peak: Tensor, first: Tensor) -> AttentionRows:
     allowed = allowed.to(entropy).expand(entropy.shape)
-    blind = allowed == 0
-    if not bool((entropy.isfinite() | blind).all()):
-        raise DataError("attention: queries, keys or probabilities contain NaN or inf")
+    unknown = (allowed == 0) | ~entropy.isfinite()
     return AttentionRows(
-        entropy=entropy.clamp(min=0).masked_fill(blind, torch.nan),
+        entropy=entropy.clamp(min=0).masked_fill(unknown, torch.nan),
         allowed=allowed,
-        peak=peak.masked_fill(blind, torch.nan),
-        first=first.masked_fill(blind, torch.nan),
+        peak=peak.masked_fill(unknown, torch.nan),
+        first=first.masked_fill(unknown, torch.nan),
     )
 
 
