@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from uncollapse.attention.sigma_reparam import (
     AttentionEntropyMonitor,
+    NoNorm,
     SigmaReparam,
     SigmaReparamConv2d,
     SigmaReparamLinear,
@@ -615,6 +616,16 @@ def test_transformer_encoder_of_torch_with_and_without_norms():
         same(encoder.eval()(x, src_key_padding_mask=padding), wanted, atol=1e-9)
     with pytest.raises(ConfigError, match="norm"):
         remove_norms(encoder)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_norms_of_every_kind_are_removed(dims):
+    batch, instance = (getattr(nn, f"{kind}Norm{dims}d") for kind in ("Batch", "Instance"))
+    model = nn.Sequential(
+        batch(4), instance(4, affine=True), instance(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+    )
+    remove_norms(model)
+    assert all(type(layer) is NoNorm for layer in model)
 
 
 def test_a_transposed_linear_layer_of_gpt2():
