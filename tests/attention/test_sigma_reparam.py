@@ -661,6 +661,20 @@ def test_models_of_transformers():
     assert not [name for name, _ in model.named_parameters() if "norm" in name]
 
 
+def test_a_converted_model_is_saved_for_from_pretrained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "vocab_size": 20}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=12))
+    apply_sigma_reparam(model, u_init="random", generator=generator()).eval()
+    model.save_pretrained(tmp_path, state_dict=plain_state_dict(model.state_dict()))
+    loaded, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    ids = torch.arange(6)[None]
+    same(loaded(ids).logits, model(ids).logits, atol=1e-6)
+
+
 def test_names_choose_layers():
     model = apply_sigma_reparam(net(), include=["first", "con*"], exclude=["conv"])
     assert [name for name, m in model.named_modules() if parametrize.is_parametrized(m)] == ["first"]
