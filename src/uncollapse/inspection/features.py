@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.attention import padding_of
+from uncollapse.inspection.attention_calls import recomputing
 from uncollapse.measure.spectra import SecondMoment, effective_rank, participation_ratio
 
 Classes = Int[Tensor, "*row"]
@@ -78,6 +79,8 @@ def head_inputs(
         given["labels"] = labels if isinstance(labels, Tensor) else None
 
     def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if recomputing():
+            return
         features = args[0].detach()
         named = classes() if classes is not None else None
         pair = _pair(features, named, given["ids"], given["labels"], padding.tokens)
@@ -161,7 +164,7 @@ def block_outputs(
     def reading(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            if recomputing() or not isinstance(hidden, Tensor) or not hidden.is_floating_point():
                 return
             if hidden.ndim == 4:  # images: one vector a pixel
                 hidden = hidden.movedim(1, -1)
