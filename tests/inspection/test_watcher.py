@@ -19,7 +19,8 @@ from uncollapse.attention.entropy_guided_attention import (
 )
 from uncollapse.attention.sigma_reparam import apply_sigma_reparam
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.features import blocks_of, head_inputs, head_of
+from uncollapse.inspection.classes import head_inputs
+from uncollapse.inspection.features import blocks_of, head_of
 from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
 from uncollapse.measure.class_statistics import StreamingNC
 from uncollapse.measure.neural_collapse import nc_metrics
@@ -115,6 +116,97 @@ def test_a_classifier_without_attention():
     with uncollapse.watch(model) as blind:
         model(images)
     assert "labels=" in blind.result().absent["classes"]
+
+
+@torch.no_grad()
+def test_sequences_and_rows_that_are_not_finite_are_left_out_and_counted(llama):
+    ids = tokens()
+    with uncollapse.watch(llama) as clean:
+        llama(input_ids=ids[:2])
+
+    def poison(module, args, output):
+        if len(output) == 3:
+            output = output.clone()
+            output[2, 3] = torch.inf
+        return output
+
+    handle = llama.model.embed_tokens.register_forward_hook(poison)
+    with uncollapse.watch(llama) as seen:
+        llama(input_ids=ids)
+    handle.remove()
+    expected, found = clean.scalars(by_layer=True), seen.scalars(by_layer=True)
+    assert found["attention/nonfinite/rows"] == 3 * 4 * 9
+    assert found["features/nonfinite/rows"] == 3 * 9  # a weight of 0 does not stop NaN
+    assert found["nc/nonfinite/rows"] == 8
+    for name in expected:
+        if name.startswith("attention/") and "nonfinite" not in name:
+            assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert "left out" in seen.result().absent["nonfinite attention"]
+
+
+@torch.no_grad()
+def test_a_model_full_of_nan_gives_no_numbers_and_the_reasons(llama):
+    for parameter in llama.parameters():
+        parameter.fill_(torch.nan)
+    with uncollapse.watch(llama) as seen:
+        llama(input_ids=tokens())
+    found = seen.result(weights=True)
+    assert all("NaN" in found.absent[part] for part in ("attention", "features", "classes", "weights"))
+    assert found.scalars()["features/nonfinite/rows"] == 3 * 9 * 3
+    seen.clear()
+    assert not any(seen.result().nonfinite.values())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("attention", [True, False])
+def test_torch_s_encoder_on_its_way_of_nested_tensors(attention):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = padding[:, 4:] = True
+    plain = encoder(x, src_key_padding_mask=padding)
+    with uncollapse.watch(encoder, attention=attention) as seen:
+        same = encoder(x, src_key_padding_mask=padding)
+        encoder(x)
+    torch.testing.assert_close(same, plain)
+    assert not same[padding].any()
+    encoder.use_nested_tensor = False
+    with uncollapse.watch(encoder, attention=attention) as expected:
+        encoder(x, src_key_padding_mask=padding)
+        encoder(x)
+    found = seen.scalars(by_layer=True)
+    assert found == pytest.approx(expected.scalars(by_layer=True), rel=1e-6)
+    assert [block.rows for block in seen.result().blocks.values()] == [11 + 15] * 2
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+
+
+@torch.no_grad()
+def test_padding_of_torch_s_layers_with_time_first_is_left_out():
+    layer = nn.TransformerEncoderLayer(16, 2, 24)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, padding = torch.randn(5, 5, 16), torch.zeros(5, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    x[3:, 1] = 1e4
+    with uncollapse.watch(encoder) as seen:
+        encoder(x, src_key_padding_mask=padding)
+        hidden = encoder.layers[0](x, src_key_padding_mask=padding).transpose(0, 1)[~padding].double()
+    assert seen.result().blocks["layers.0"].effective_rank == pytest.approx(
+        float(effective_rank(singular_values(hidden - hidden.mean(0)))), rel=1e-4
+    )
+
+
+@torch.no_grad()
+def test_blocks_of_changing_width_and_float64_beyond_its_squares():
+    model = nn.Sequential(nn.Identity(), nn.Identity()).double()
+    with uncollapse.watch(model, attention=False) as seen:
+        model(torch.randn(4, 3, dtype=torch.double))
+        model(torch.randn(4, 5, dtype=torch.double))
+        model(torch.full((4, 3), 1e200, dtype=torch.double))
+    found = seen.result()
+    assert found.blocks["0"].rows == 4
+    assert "another width" in found.absent["features"]
+    assert found.nonfinite["features"] == 8
 
 
 def test_labels_of_a_call_and_ignored_ones():

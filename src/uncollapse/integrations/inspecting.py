@@ -29,7 +29,9 @@ def inspect_text(
     weights: bool = True,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Watch a language model read `tokens` tokens of the texts, joined and cut into rows of `length`; no padding.
+    """Watch a model read `tokens` tokens of the texts, joined and cut into rows of `length`; no padding.
+
+    Classes are the next tokens of a causal language model; any other model has none here.
 
     Raises:
         ConfigError: a number below its least.

@@ -216,7 +216,7 @@ def _features(found: Inspection) -> Section:
             "features",
             "Features",
             "Features",
-            missing="No blocks were found: a list of layers of the same kind.",
+            missing=found.absent.get("features", "They were not watched."),
         )
     ranks = np.array([one.effective_rank for one in found.blocks.values()])
     part = np.array([one.participation for one in found.blocks.values()])
@@ -253,7 +253,7 @@ def _classes(found: Inspection) -> Section:
     )
     lead = (
         f"{report.samples:,} features of {report.classes:,} classes ({report.singletons:,} of them with one sample). "
-        "For a language model the class is the next token."
+        "For a causal language model the class is the next token."
     )
     blocks: list[Block] = [TableBlock(("what it says", "metric", "value"), rows)]
     if found.frames is not None:
@@ -272,7 +272,12 @@ def _classes(found: Inspection) -> Section:
 
 def _weights(found: Inspection) -> Section:
     if not found.weights:
-        return Section("weights", "Weights", "Weights", missing="Their spectra were not asked for.")
+        return Section(
+            "weights",
+            "Weights",
+            "Weights",
+            missing=found.absent.get("weights", "Their spectra were not asked for."),
+        )
     by_norm = sorted(found.weights, key=lambda one: -one.spectral_norm)[:_SHOWN]
     by_rank = sorted(found.weights, key=lambda one: one.effective_rank / min(one.shape))[:_SHOWN]
     columns = ("weight", "shape", "spectral norm", "effective rank", "stable rank")

@@ -38,7 +38,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import DataError
-from uncollapse.inspection.features import head_inputs, head_of
+from uncollapse.inspection.classes import head_inputs
+from uncollapse.inspection.features import head_of
 from uncollapse.measure.class_pairs import uniform_log_kernel
 from uncollapse.measure.class_statistics import CollapseReport, StreamingNC
 from uncollapse.measure.nearest_class import NC4Accumulator, NC4Report
@@ -110,7 +111,7 @@ def _with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
-    with head_inputs(model, lambda h, y: found.append((h, y)), head=head):
+    with head_inputs(model, lambda h, y: found.append((h, y)), classes="next_token", head=head):
         narrowed = head.register_forward_pre_hook(_first_position)
         try:
             model(**inputs)
