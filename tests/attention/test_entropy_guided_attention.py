@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -571,6 +572,29 @@ def test_reentrant_checkpointing_is_refused():
     model.enable_input_require_grads()
     model(input_ids=torch.randint(0, 50, (2, 7)))
     with pytest.raises(ConfigError, match="use_reentrant=False"):
+        attached.penalty()
+
+
+def test_thresholds_come_back_when_they_are_attached_before_loading(tmp_path):
+    model = gpt2()
+    attach_entropy_regularizer(model, REG, theta_init=0.7)
+    model.save_pretrained(tmp_path)
+    again = GPT2LMHeadModel.from_pretrained(tmp_path)
+    attached = attach_entropy_regularizer(again, REG)
+    assert (attached.theta == 0.5).all()
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert (attached.theta - 0.7).abs().max() < 1e-6
+
+
+def test_attention_that_is_not_finite_is_refused():
+    model, ids = gpt2(), torch.randint(0, 50, (2, 7))
+    attached = attach_entropy_regularizer(model, REG)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan
+    with pytest.raises(DataError, match="NaN or inf"):
+        collect_attention_entropy(model, ids)
+    model(input_ids=ids)
+    with pytest.raises(DataError, match="NaN or inf"):
         attached.penalty()
 
 

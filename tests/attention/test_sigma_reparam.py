@@ -6,6 +6,7 @@ Checks 1 to 4 and 10, of the entropy bound, stand in tests/measure/test_attentio
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -20,11 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from uncollapse.attention.sigma_reparam import (
     AttentionEntropyMonitor,
+    NoNorm,
     SigmaReparam,
     SigmaReparamConv2d,
     SigmaReparamLinear,
     SigmaTracker,
     apply_sigma_reparam,
+    conversion,
     estimate,
     fuse,
     plain_state_dict,
@@ -558,6 +561,44 @@ def test_multi_head_attention(options):
     same(fuse(model)["attn"](q, k, v)[0], before)
 
 
+class Counted(SigmaReparam):
+    """Counts its power steps."""
+
+    def estimate(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        before = self.u.clone()
+        found = super().estimate(weight)
+        self.steps = getattr(self, "steps", 0) + (not torch.equal(before, self.u))
+        return found
+
+
+@pytest.mark.parametrize("update_every", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 7}])
+def test_multi_head_attention_takes_one_step_a_pass(options, update_every, monkeypatch):
+    monkeypatch.setattr(conversion, "SigmaReparam", Counted)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, **options).double()
+    apply_sigma_reparam(attention, u_init="random", update_every=update_every, generator=generator(1))
+    inputs = [draw(2, 5, options.get(width, 8), seed=1) for width in ("", "kdim", "vdim")]
+    copied = copy.deepcopy(attention)
+    for passes in range(1, 7):
+        attention(*inputs)
+        steps = {name: found[0].steps for name, found in attention.parametrizations.items()}
+        steps["out_proj"] = reparam(attention.out_proj).steps
+        assert set(steps.values()) == {-(-passes // update_every)}, passes
+    weight = next(iter(attention.parametrizations))
+    getattr(attention, weight)  # no pass
+    assert reparam(attention, weight).steps == 6 // update_every
+    checkpoint(lambda: attention(*inputs)[0], use_reentrant=False).sum().backward()
+    assert reparam(attention, weight).steps == 6 // update_every + 1
+    getattr(attention, weight)
+    assert reparam(attention, weight).steps == 6 // update_every + 1
+    before = reparam(copied, weight).u.clone()
+    copied.eval()(*inputs)
+    assert torch.equal(reparam(copied, weight).u, before)
+    copied.train()(*inputs)
+    assert reparam(copied, weight).steps == 1
+    assert type(fuse(attention)) is nn.MultiheadAttention
+
+
 def test_transformer_encoder_of_torch_with_and_without_norms():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     encoder = nn.TransformerEncoder(layer, 2).double()
@@ -575,6 +616,16 @@ def test_transformer_encoder_of_torch_with_and_without_norms():
         same(encoder.eval()(x, src_key_padding_mask=padding), wanted, atol=1e-9)
     with pytest.raises(ConfigError, match="norm"):
         remove_norms(encoder)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_norms_of_every_kind_are_removed(dims):
+    batch, instance = (getattr(nn, f"{kind}Norm{dims}d") for kind in ("Batch", "Instance"))
+    model = nn.Sequential(
+        batch(4), instance(4, affine=True), instance(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+    )
+    remove_norms(model)
+    assert all(type(layer) is NoNorm for layer in model)
 
 
 def test_a_transposed_linear_layer_of_gpt2():
@@ -608,6 +659,20 @@ def test_models_of_transformers():
     assert set(monitor.entropy) == {"model.layers.0.self_attn"}
     remove_norms(fuse(model))
     assert not [name for name, _ in model.named_parameters() if "norm" in name]
+
+
+def test_a_converted_model_is_saved_for_from_pretrained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "vocab_size": 20}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=12))
+    apply_sigma_reparam(model, u_init="random", generator=generator()).eval()
+    model.save_pretrained(tmp_path, state_dict=plain_state_dict(model.state_dict()))
+    loaded, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    ids = torch.arange(6)[None]
+    same(loaded(ids).logits, model(ids).logits, atol=1e-6)
 
 
 def test_names_choose_layers():
@@ -778,6 +843,88 @@ def test_the_monitor_follows_heads_and_says_which_collapse():
     assert monitor.passes == 5
 
 
+class Checkpointed(Pair):
+    """The same, attention computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_the_monitor_leaves_out_what_checkpointing_computes_again():
+    x = draw(2, 6, 8).requires_grad_()
+    scalars = []
+    for kind in (Pair, Checkpointed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = kind().double()
+        with AttentionEntropyMonitor(model) as monitor:
+            for sharp in (
+                1.0,
+                1e4,
+            ):  # the calls of a backward pass would be counted with the next forward pass
+                model.sharp = sharp
+                model(x).sum().backward()
+        assert monitor.passes == 2
+        scalars.append(monitor.scalars())
+    assert scalars[0] == scalars[1]
+    assert scalars[1]["attention/collapsed/frac"] == 0.5
+
+
+def test_the_monitor_goes_on_after_a_pass_without_a_row_of_two_keys():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Pair().double()
+    x = draw(2, 6, 8)
+    with AttentionEntropyMonitor(model) as monitor:
+        model(x)
+        calm = monitor.normalized
+        model(x[:, :1])
+        assert math.isnan(monitor.scalars()["attention/normalized_entropy/min"])
+        assert monitor.scalars()["attention/entropy/mean"] == 0
+        assert monitor.collapsed() == []
+        assert all(torch.equal(monitor.normalized[layer], calm[layer]) for layer in calm)
+        assert all(torch.equal(monitor.lowest[layer], calm[layer]) for layer in calm)
+        same(monitor.entropy["first"], calm["first"] * math.log(6) / 2)
+        model.sharp = 5.0
+        model(x)
+        flags = monitor.collapsed()
+        assert {(flag.layer, flag.reason) for flag in flags} == {("second", "drop")}
+        assert all(flag.highest == float(calm["second"][flag.head]) for flag in flags)
+
+
+def test_the_monitor_counts_attention_that_is_not_finite():
+    model, x = Pair().double(), draw(2, 6, 8)
+    with AttentionEntropyMonitor(model) as monitor:
+        model(x)
+        assert monitor.scalars()["attention/nonfinite/frac"] == 0
+        x[1] = torch.nan
+        model(x)
+        one = monitor.scalars()
+        assert one["attention/nonfinite/frac"] == 0.5
+        assert math.isfinite(one["attention/entropy/mean"])
+        model(x * torch.nan)
+        two = monitor.scalars()
+        assert two["attention/nonfinite/frac"] == 1
+        assert math.isnan(two["attention/normalized_entropy/mean"])
+        assert all(value.isfinite().all() for value in monitor.normalized.values())
+        assert monitor.collapsed() == []
+
+
+def test_a_pass_that_fails_is_not_counted_with_the_next():
+    model, x = Pair().double(), draw(2, 6, 8)
+    with AttentionEntropyMonitor(model) as monitor:
+        model(x)
+        calm = monitor.scalars()
+        model.sharp = 1e4
+        stop = model.register_forward_hook(lambda *rest: 1 / 0, prepend=True)
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        stop.remove()
+        model.sharp = 1.0
+        model(x)
+        assert monitor.scalars() == calm
+
+
 def test_the_monitor_sees_a_drop_and_skips_passes():
     model = Pair().double()
     with AttentionEntropyMonitor(model, threshold=0.0, drop=0.3, every=2) as monitor:
@@ -785,7 +932,7 @@ def test_the_monitor_sees_a_drop_and_skips_passes():
             model.sharp = sharp
             model(draw(2, 6, 8))
         assert {(flag.layer, flag.reason) for flag in monitor.collapsed()} == {("second", "drop")}
-        assert monitor._seen == {"first": 2, "second": 2}
+        assert [known.tolist() for known in monitor._known.values()] == [[[2, 2], [2, 2]]] * 2
     for wrong in ({"threshold": 2.0}, {"drop": 0.0}, {"window": 1}, {"every": 0}):
         with pytest.raises(ConfigError, match="AttentionEntropyMonitor"):
             AttentionEntropyMonitor(model, **wrong)

@@ -18,6 +18,7 @@ from transformers import (
     MistralModel,
 )
 
+import uncollapse
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.attention import attention_statistics, head_table
 from uncollapse.inspection.attention_calls import attention_calls
@@ -81,6 +82,27 @@ def test_generation_with_a_cache_counts_every_query():
     with torch.no_grad(), attention_statistics(model) as tally:
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert all(one.rows.tolist() == [6] * 4 for one in tally.layers.values())  # the last token is never fed
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_checkpointing_computes_again_is_seen_once(reentrant):
+    seen = []
+    for checkpointed in (False, True):
+        model = llama("sdpa").train()
+        if checkpointed:
+            options = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            model.enable_input_require_grads()
+        ids = torch.arange(22).view(2, 11)
+        with uncollapse.watch(model) as watcher:
+            for _ in range(2):
+                model(input_ids=ids, labels=ids).loss.backward()
+        seen.append(watcher.result())
+    plain, again = seen
+    assert all(one.rows.tolist() == [44] * 4 for one in again.heads.values())
+    assert [one.rows for one in again.blocks.values()] == [44, 44]
+    assert again.collapse.samples == plain.collapse.samples
+    assert again.scalars() == pytest.approx(plain.scalars(), rel=1e-5)
 
 
 def test_a_kernel_that_is_changed_while_the_model_is_watched():

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import uncollapse
+from uncollapse.attention.entropy_guided_attention import (
+    EntropyRegularizer,
+    SoftmaxOnlyBlock,
+    attach_entropy_regularizer,
+)
+from uncollapse.attention.sigma_reparam import apply_sigma_reparam
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.inspection.classes import head_inputs
 from uncollapse.inspection.features import blocks_of, head_of
@@ -17,6 +25,14 @@ from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
 from uncollapse.measure.class_statistics import StreamingNC
 from uncollapse.measure.neural_collapse import nc_metrics
 from uncollapse.measure.spectra import effective_rank, singular_values
+
+
+def with_spectral_norm(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            spectral_norm(module, "in_proj_weight")
+        elif type(module) is nn.Linear:
+            spectral_norm(module)
 
 
 @pytest.fixture
@@ -270,3 +286,59 @@ def test_spectra_of_long_and_of_broken_weights(llama):
     with torch.no_grad(), uncollapse.watch(llama) as seen:
         llama(input_ids=tokens())
     assert "nc3/cosine/mean" not in seen.scalars()
+
+
+@pytest.mark.parametrize("put_on", [apply_sigma_reparam, with_spectral_norm])
+def test_reading_a_parametrised_model_changes_nothing(llama, put_on):
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    for model, given in ((encoder, torch.randn(2, 5, 8)), (llama.train(), tokens())):
+        put_on(model)
+        other = copy.deepcopy(model)
+        other(given)
+        with uncollapse.watch(model, features=False) as seen:
+            model(given)
+            seen.result(weights=True)
+        assert model.state_dict().keys() == other.state_dict().keys()
+        for name, value in other.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), name
+        assert all(module.training for module in model.modules())
+
+
+def test_spectra_are_of_the_weights_computed_with():
+    torch.manual_seed(0)
+    layers = nn.ModuleDict(
+        {"attn": nn.MultiheadAttention(8, 2), "conv": nn.Conv2d(4, 6, 3), "map": nn.Linear(5, 7)}
+    )
+    names = [one.name for one in weight_spectra(layers)]
+    assert names == ["attn.in_proj_weight", "attn.out_proj.weight", "conv.weight", "map.weight"]
+    apply_sigma_reparam(layers, gamma_init=3.0)
+    found = {one.name: one for one in weight_spectra(layers)}
+    assert sorted(found) == sorted(names)
+    assert all(one.spectral_norm == pytest.approx(3, rel=1e-5) for one in found.values())
+    assert found["conv.weight"].shape == (6, 36)
+    shared = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    for layer in shared:
+        layer.weight = shared[0].weight
+    spectral_norm(shared[0])
+    assert [one.name for one in weight_spectra(shared)] == ["0.weight"]
+
+
+def test_spectra_leave_out_what_maps_nothing(llama):
+    names = [one.name for one in weight_spectra(llama)]
+    attach_entropy_regularizer(llama, EntropyRegularizer())
+    assert [one.name for one in weight_spectra(llama)] == names
+    block = SoftmaxOnlyBlock(width=8, heads=2, context=6)
+    assert [one.name for one in weight_spectra(block)] == [
+        "attention.qkv.weight", "attention.out.weight", "feed_forward.linear.weight",
+    ]  # fmt: skip
+
+
+def test_the_norm_of_the_logit_map_is_of_the_weights_computed_with():
+    torch.manual_seed(0)
+    heads = nn.MultiheadAttention(8, 2, bias=False)
+    plain = attention_logit_norms(heads)[""]
+    apply_sigma_reparam(heads, blocks={"": 3}, gamma_init=1.0)
+    norms = torch.linalg.matrix_norm(
+        heads.parametrizations.in_proj_weight.original.detach().reshape(3, 8, 8), 2
+    )
+    torch.testing.assert_close(attention_logit_norms(heads)[""], plain / (norms[0] * norms[1]).double())

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure.attention import (
+    KeyMask,
     attention_entropy,
     attention_entropy_lower_bound,
     attention_rows,
+    attention_rows_of_matrix,
     bound_from_logits,
     bound_from_weights,
     uniform_causal_entropy,
@@ -183,7 +185,52 @@ def test_what_is_refused():
         attention_entropy(logits=logits, reduce="mean")
     with pytest.raises(DataError, match="heads"):
         attention_rows(q, k.repeat(1, 2, 1, 1)[:, :3])
-    with pytest.raises(DataError, match="NaN"):
-        attention_rows(q * torch.nan, k)
     with pytest.raises(DataError, match="norm"):
         attention_entropy_lower_bound(-1.0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_full(dtype):
+    q, k, logits = (x.to(dtype) for x in parts(queries=40, keys=40))
+    mask = causal(40, 40)
+    exact = attention_entropy(logits=logits.double(), mask=mask, reduce="row")
+    found = attention_entropy(logits=logits, mask=mask, reduce="row")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
+    attn = logits.float().masked_fill(~mask, -torch.inf).softmax(-1).to(dtype)
+    torch.testing.assert_close(
+        attention_entropy(attn=attn, mask=mask, reduce="row").double(),
+        torch.special.entr(attn.double()).sum(-1), atol=1e-5, rtol=1e-5,
+    )  # fmt: skip
+    least = torch.finfo(dtype).min
+    shifts = torch.linspace(-1, 1, 40).to(dtype).expand(1, 1, 40, 40).masked_fill(~mask, least)
+    rows, exact_rows = (
+        attention_rows(a, b, mask=m)
+        for a, b, m in ((q, k, shifts), (q.double(), k.double(), shifts.double()))
+    )
+    torch.testing.assert_close(rows.entropy.double(), exact_rows.entropy, atol=0.05, rtol=0.05)
+    assert torch.equal(rows.allowed.double(), exact_rows.allowed)
+    torch.testing.assert_close(
+        bound_from_logits(logits, mask).double(),
+        bound_from_logits(logits.double(), mask),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+
+
+def test_rows_that_are_not_finite_are_marked_and_spoil_no_other():
+    q, k, logits = parts()
+    q[1, 2, 3] = torch.nan
+    q[0, 0, 0] = torch.inf
+    mask = causal(7, 7)
+    broken = torch.zeros(3, 4, 7, dtype=torch.bool)
+    broken[1, 2, 3] = broken[0, 0, 0] = True
+    whole = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    shown = whole.masked_fill(broken[..., None], torch.nan)
+    for rows in (attention_rows(q, k, causal=True), attention_rows_of_matrix(shown, KeyMask.of(mask, 7, 7))):
+        assert torch.equal(rows.nonfinite, broken)
+        assert torch.equal(rows.normalized[..., 1:].isnan(), broken[..., 1:])
+        expected = torch.special.entr(whole).sum(-1).masked_fill(broken, torch.nan)
+        torch.testing.assert_close(rows.entropy, expected, equal_nan=True, atol=1e-12, rtol=1e-12)
+        assert torch.equal(rows.peak.isnan(), broken)
+        assert torch.equal(rows.first.isnan(), broken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -497,3 +498,12 @@ def test_what_has_no_closed_form_is_refused() -> None:
         initial_factors(UFM.make(COUNTS, 1, 0.1, 0.1), [3, 3], seed=0)
     with pytest.raises(DataError, match="allow more"):
         ufm_ce_convex(COUNTS, 1e-4, 1e-4, max_iterations=20)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, Fraction])
+def test_penalties_are_numbers_of_any_kind(number):
+    wanted = UFM.make([3, 3], 2, 0.5, 0.25)
+    assert UFM.make([3, 3], 2, number(0.5), number(0.25)) == wanted
+    assert UFM.make([3, 3], 2, [number(0.5), 0.5], 0.25) == wanted
+    logits = torch.eye(3, dtype=torch.float64)
+    assert schatten_penalty(logits, 2, 1, number(0.5)) == schatten_penalty(logits, 2, 1, 0.5)

@@ -538,3 +538,24 @@ def test_single_precision_goes_in_and_comes_out() -> None:
         == central_path_flow(H.float(), y, 0.2, 0.1, (0.0, 1.0)).features().dtype
         == torch.float32
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_any_integer_dtype(dtype):
+    H, y = random_features(0, K=3, n=2)
+    narrow = y.to(dtype)
+    for call in (
+        lambda labels: pooled_moments(H, labels).scatter,
+        lambda labels: optimal_features(H[:3], labels, 0.1, 0.5, H),
+        lambda labels: central_path_flow(H, labels, 0.5, 0.1, (0.0, 0.5)).H_t,
+        lambda labels: near_collapse_objective(H[:3], H, labels, 0.5, 0.1),
+        lambda labels: proximal_features(H, labels, 0.5, 0.1, 1.0)[1],
+        lambda labels: central_path_gradient(H, labels, 0.5, 0.1),
+    ):
+        torch.testing.assert_close(call(narrow), call(y))
+
+
+def test_a_frame_is_compared_on_its_own_device():
+    frame = torch.eye(2, 4, dtype=torch.float64)
+    with torch.device("meta"):  # where new tensors go that name no device
+        assert collapsed_minimizer(2, 3, 4, 0.5, 0.5, frame=frame).H.device == frame.device

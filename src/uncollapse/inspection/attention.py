@@ -37,6 +37,7 @@ class HeadStatistics:
         peak: mean largest probability.
         first: mean probability of the first key, rows that see one key left out.
         rows: rows counted.
+        nonfinite: rows with NaN or inf, which are counted nowhere else.
     """
 
     entropy: Float[Tensor, " head"]
@@ -45,6 +46,7 @@ class HeadStatistics:
     peak: Float[Tensor, " head"]
     first: Float[Tensor, " head"]
     rows: Float[Tensor, " head"]
+    nonfinite: Float[Tensor, " head"]
 
     @property
     def sink(self) -> Bool[Tensor, " head"]:
@@ -85,9 +87,11 @@ class AttentionTally:
 
     def add(self, layer: str, rows: AttentionRows, mask: Bool[Tensor, "batch query"] | None = None) -> None:
         """Count the rows of a layer; queries outside the mask are padding."""
-        counted = rows.allowed >= 1
+        asked = rows.allowed >= 1
         if mask is not None:
-            counted = counted & mask[:, None]
+            asked = asked & mask[:, None]
+        nonfinite = asked & rows.nonfinite
+        counted = asked & ~nonfinite
         spread = counted & (rows.allowed >= 2)
         normalized = rows.normalized
 
@@ -99,6 +103,7 @@ class AttentionTally:
             [
                 total(rows.entropy, counted), total(rows.peak, counted), total(ones, counted),
                 total(normalized, spread), total(rows.first, spread), total(ones, spread),
+                total(ones, nonfinite),
             ]
         )  # fmt: skip
         lowest = torch.where(spread, normalized, torch.inf).amin(dim=(0, 2))
@@ -112,7 +117,7 @@ class AttentionTally:
     def layers(self) -> Mapping[str, HeadStatistics]:
         """Statistics of every layer seen, in the order of their first call; NaN for heads without a row."""
         found = {}
-        for layer, (entropy, peak, rows, normalized, first, spread) in self._sums.items():
+        for layer, (entropy, peak, rows, normalized, first, spread, nonfinite) in self._sums.items():
             found[layer] = HeadStatistics(
                 entropy=entropy / rows,
                 normalized=normalized / spread,
@@ -120,6 +125,7 @@ class AttentionTally:
                 peak=peak / rows,
                 first=first / spread,
                 rows=rows,
+                nonfinite=nonfinite,
             )
         return found
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
+from uncollapse.inspection.weights import query_key_weights
 from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, attention_rows_of_matrix
 
 LOOKED_FOR = (
@@ -86,7 +87,8 @@ def attention_calls(model: nn.Module, seen: Callable[[AttentionCall], Any]) -> I
     """Within the context, call `seen` for every attention of a forward pass of `model`.
 
     The tensors are the kernel's own, with their gradient; keep none of them longer than the forward pass. What the model
-    computes is not changed.
+    computes is not changed. What activation checkpointing computes again for the backward pass is told of once, when it
+    was computed first.
     """
     names = {id(module): name for name, module in model.named_modules()}
     doors = _Doors(names, seen)
@@ -100,6 +102,11 @@ def attention_calls(model: nn.Module, seen: Callable[[AttentionCall], Any]) -> I
             stack.enter_context(_interface(implementation, doors))
         stack.enter_context(_kernel(doors))
         yield
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: what is computed now, activation checkpointing computes for the second time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _Doors:
@@ -124,7 +131,9 @@ class _Doors:
         self._inside.append(self._names[id(module)])
         self._told += 1
         assert isinstance(module, nn.MultiheadAttention)
-        self._seen(_multi_head_call(self._inside[-1], module, args, kwargs))
+        call = _multi_head_call(self._inside[-1], module, args, kwargs)
+        if not recomputing():  # only now: checkpointing wants the same graph both times
+            self._seen(call)
 
     def name(self, module: nn.Module) -> str | None:
         """The name of a module of the model that is watched."""
@@ -146,7 +155,7 @@ class _Doors:
     def kernel(
         self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> None:
-        if not self._inside or self._told or query.ndim != 4:
+        if not self._inside or self._told or query.ndim != 4 or recomputing():
             return
         if causal and query.shape[-2] != key.shape[-2]:  # torch lines the triangle up at the top left
             mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
@@ -225,7 +234,7 @@ def _interface(implementation: str, doors: _Doors) -> Iterator[None]:
         with doors.told():
             result = attend(module, query, key, value, attention_mask, *args, **kwargs)
         layer = doors.name(module)
-        if layer is not None:
+        if layer is not None and not recomputing():
             call = _interface_call(layer, implementation, module, query, key, attention_mask, kwargs)
             doors.tell(replace(call, weights=_shown(result, module, kwargs)))
         return result
@@ -306,10 +315,7 @@ def _multi_head_call(
     given |= kwargs
     query, key = given["query"], given["key"]
     width, heads = module.embed_dim, module.num_heads
-    if module.in_proj_weight is None:
-        weight_q, weight_k = module.q_proj_weight, module.k_proj_weight
-    else:
-        weight_q, weight_k, _ = module.in_proj_weight.split(width)
+    weight_q, weight_k = query_key_weights(module)
     bias_q = bias_k = None
     if module.in_proj_bias is not None:
         bias_q, bias_k, _ = module.in_proj_bias.split(width)

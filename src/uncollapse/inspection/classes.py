@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from uncollapse.inspection.arguments import arguments_of, real_tokens
+from uncollapse.inspection.attention_calls import recomputing
 from uncollapse.inspection.features import head_of
 
 Classes = Int[Tensor, "*row"]
@@ -88,7 +89,7 @@ class _HeadReader:
         self._waiting = self._scores = None
 
     def read(self, head: nn.Module, args: tuple[Any, ...]) -> None:
-        if not args or not isinstance(args[0], Tensor):
+        if recomputing() or not args or not isinstance(args[0], Tensor):
             return
         features = args[0].detach()
         named = self._given() if self._given is not None else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.attention import padding_of
+from uncollapse.inspection.attention_calls import recomputing
 from uncollapse.inspection.finite import finite_rows
 from uncollapse.measure.spectra import SecondMoment, effective_rank, participation_ratio
 
@@ -144,7 +145,7 @@ def block_outputs(
 
         def read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+            if recomputing() or not isinstance(hidden, Tensor) or not hidden.is_floating_point():
                 return
             if hidden.is_nested:  # without padding already
                 seen(name, torch.cat(hidden.detach().unbind()))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from uncollapse.errors import DataError
 from uncollapse.measure.spectra import effective_rank, stable_rank
@@ -32,6 +34,10 @@ class WeightSpectrum:
 def weight_spectra(model: nn.Module, *, least: int = 2) -> list[WeightSpectrum]:
     """Every floating-point weight with at least two axes and `least` rows and columns; tied ones once.
 
+    Weights are the parameters that their layers call so (`weight`, `in_proj_weight`, `weight_hh_l0`), under that name and
+    as the layer computes with them, parametrised or not. What else has two axes (positions, thresholds, temperatures) maps
+    nothing and is left out.
+
     Singular values are exact: of the matrix where it is small, of its Gram matrix in float64 where one side is much
     longer (embeddings), which is precise to about 1e-8 of the largest.
 
@@ -50,10 +56,36 @@ def weight_spectra(model: nn.Module, *, least: int = 2) -> list[WeightSpectrum]:
     return found
 
 
+def effective_weight(layer: nn.Module, name: str) -> Tensor:
+    """A weight as its layer computes with it, parametrised or not; reading it changes nothing.
+
+    In training some parametrisations go on at every access (power iteration of a spectral norm), and a layer's attribute
+    may be cached for its forward pass. So they are asked themselves, in eval mode, and put back.
+    """
+    if not parametrize.is_parametrized(layer, name):
+        return cast(Tensor, getattr(layer, name))
+    found = cast(nn.ModuleDict, layer.parametrizations)[name]
+    in_training = [module for module in found.modules() if module.training]
+    for module in in_training:
+        module.training = False
+    try:
+        return cast(Tensor, found())
+    finally:
+        for module in in_training:
+            module.training = True
+
+
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Float[Tensor, "row column"]]]:
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and parameter.is_floating_point():
-            yield name, parameter.detach().flatten(1)
+    seen = set()
+    for layer_name, layer in model.named_modules():
+        parametrised = getattr(layer, "parametrizations", {})
+        kept = {name: next(found.parameters(), None) for name, found in parametrised.items()}
+        for name, parameter in (layer._parameters | kept).items():
+            if parameter is None or id(parameter) in seen or "weight" not in name:
+                continue
+            seen.add(id(parameter))
+            if parameter.ndim >= 2 and parameter.is_floating_point():
+                yield f"{layer_name}.{name}".lstrip("."), effective_weight(layer, name).flatten(1)
 
 
 def _singular_values(weight: Float[Tensor, "row column"]) -> Float[Tensor, " value"]:
@@ -98,27 +130,34 @@ def _cholesky_like(gram: Float[Tensor, "head width width"]) -> Float[Tensor, "he
     return vectors * values.clamp(min=0).sqrt()[:, None]
 
 
+def query_key_weights(module: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
+    """Query and key weights of torch's own layer, as (out, in)."""
+    if module._qkv_same_embed_dim:
+        query, key, _ = effective_weight(module, "in_proj_weight").split(module.embed_dim)
+        return query, key
+    return effective_weight(module, "q_proj_weight"), effective_weight(module, "k_proj_weight")
+
+
 def _projections(module: nn.Module) -> tuple[Tensor, Tensor, int, int] | None:
     """Query and key weights as (out, in), query heads and key heads; None if this is no attention module we know."""
     if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
-            return module.q_proj_weight, module.k_proj_weight, module.num_heads, module.num_heads
-        query, key, _ = module.in_proj_weight.split(module.embed_dim)
-        return query, key, module.num_heads, module.num_heads
+        return *query_key_weights(module), module.num_heads, module.num_heads
     fused = getattr(module, "c_attn", None)
-    packed = getattr(fused, "weight", None)
+    packed = effective_weight(fused, "weight") if isinstance(fused, nn.Module) else None
     if isinstance(packed, Tensor) and hasattr(module, "num_heads") and packed.shape[1] == 3 * packed.shape[0]:
         query, key, _ = packed.T.chunk(3)  # GPT-2 keeps (in, out)
         heads = int(module.num_heads)  # type: ignore[arg-type]
         return query, key, heads, heads
     for name_q, name_k in PROJECTIONS:
-        query, key = getattr(module, name_q, None), getattr(module, name_k, None)
-        if isinstance(query, nn.Linear) and isinstance(key, nn.Linear):
+        of_query, of_key = getattr(module, name_q, None), getattr(module, name_k, None)
+        if isinstance(of_query, nn.Linear) and isinstance(of_key, nn.Linear):
             width = _head_width(module)
-            if width is None or query.weight.shape[0] % width or key.weight.shape[0] % width:
+            if width is None or of_query.out_features % width or of_key.out_features % width:
                 return None
-            heads, kv_heads = query.weight.shape[0] // width, key.weight.shape[0] // width
-            return None if heads % kv_heads else (query.weight, key.weight, heads, kv_heads)
+            heads, kv_heads = of_query.out_features // width, of_key.out_features // width
+            if heads % kv_heads:
+                return None
+            return effective_weight(of_query, "weight"), effective_weight(of_key, "weight"), heads, kv_heads
     return None
 
 

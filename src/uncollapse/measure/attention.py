@@ -43,7 +43,7 @@ def attention_entropy(
     reduce: str = "head",
     normalize: bool = False,
 ) -> Float[Tensor, "*rows"]:
-    """Entropy of attention rows from probabilities or, better, logits; 0 to ln(number of allowed keys).
+    """Entropy of attention rows from probabilities or, better, logits; 0 to ln(number of allowed keys), float32 or better.
 
     Args:
         attn: rows that sum to 1, or `logits`: what the softmax is taken of. Exactly one of them.
@@ -59,11 +59,13 @@ def attention_entropy(
     if reduce not in ("head", "row"):
         raise ConfigError(f"attention_entropy: reduce is {reduce!r}; give 'head' or 'row'")
     if logits is not None:
-        rows = _entropy_of_logits(logits if mask is None else logits.masked_fill(~mask, _LOW))
+        wide = _at_least_float32(logits)
+        rows = _entropy_of_logits(wide if mask is None else wide.masked_fill(~mask, _LOW))
         shape, keys = logits.shape[:-1], logits.shape[-1]
     else:
         assert attn is not None
-        seen = attn if mask is None else attn.masked_fill(~mask, 0)
+        wide = _at_least_float32(attn)
+        seen = wide if mask is None else wide.masked_fill(~mask, 0)
         rows = torch.special.entr(seen).sum(-1)
         shape, keys = attn.shape[:-1], attn.shape[-1]
     allowed = torch.full(shape, keys, device=rows.device) if mask is None else mask.sum(-1).expand(shape)
@@ -125,6 +127,7 @@ def bound_from_logits(
     logits: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*#batch #query key"] | None = None
 ) -> Float[Tensor, "*batch query"]:
     """The lower bound of each row from the norm of its own logits about their mean, over the keys it may see."""
+    logits = _at_least_float32(logits)
     allowed = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.expand(logits.shape)
     count = allowed.sum(-1, keepdim=True)
     kept = logits.masked_fill(~allowed, 0)
@@ -145,7 +148,7 @@ def bound_from_weights(
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """What the rows of attention are like; float32 or better, NaN where a row sees no key.
+    """What the rows of attention are like; float32 or better, NaN where a row sees no key or its scores are not finite.
 
     Attributes:
         entropy: nats, 0 to ln(allowed).
@@ -158,6 +161,11 @@ class AttentionRows:
     allowed: Float[Tensor, "batch head query"]
     peak: Float[Tensor, "batch head query"]
     first: Float[Tensor, "batch head query"]
+
+    @property
+    def nonfinite(self) -> Bool[Tensor, "batch head query"]:
+        """Rows whose scores or probabilities contain NaN or inf."""
+        return self.entropy.isnan() & (self.allowed > 0)
 
     @property
     def normalized(self) -> Float[Tensor, "batch head query"]:
@@ -195,7 +203,7 @@ class KeyMask:
         if mask is None:
             seen = ordered if causal else torch.ones_like(ordered)
             return cls(None, causal, seen.sum(-1).float()[None, None])
-        additive = torch.zeros_like(mask, dtype=torch.float32) if mask.dtype == torch.bool else mask
+        additive = _at_least_float32(torch.zeros_like(mask) if mask.dtype == torch.bool else mask)
         blocked = ~mask if mask.dtype == torch.bool else mask < _BLOCKED
         seen = ~blocked.expand(*mask.shape[:2], queries, keys)
         causal = causal or not bool((seen & ~ordered).any())
@@ -225,7 +233,7 @@ def attention_rows(
         softcap: scores s become softcap tanh(s / softcap) before the mask.
 
     Raises:
-        DataError: heads that the key heads do not divide, or a non-finite score.
+        DataError: heads that the key heads do not divide.
     """
     batch, heads, queries, width = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -249,11 +257,7 @@ def attention_rows(
 
 @torch.no_grad()
 def attention_rows_of_matrix(attn: Float[Tensor, "batch head query key"], mask: KeyMask) -> AttentionRows:
-    """The same statistics of probabilities that a kernel has shown, for less: one logarithm a probability.
-
-    Raises:
-        DataError: a probability is NaN.
-    """
+    """The same statistics of probabilities that a kernel has shown, for less: one logarithm a probability."""
     batch, heads, queries, keys = attn.shape
     attn = attn.detach()
     entropy, peak = attn.new_empty(2, batch, heads, queries)
@@ -267,14 +271,12 @@ def attention_rows_of_matrix(attn: Float[Tensor, "batch head query key"], mask: 
 
 def _rows(entropy: Tensor, allowed: Tensor, peak: Tensor, first: Tensor) -> AttentionRows:
     allowed = allowed.to(entropy).expand(entropy.shape)
-    blind = allowed == 0
-    if not bool((entropy.isfinite() | blind).all()):
-        raise DataError("attention: queries, keys or probabilities contain NaN or inf")
+    unknown = (allowed == 0) | ~entropy.isfinite()
     return AttentionRows(
-        entropy=entropy.clamp(min=0).masked_fill(blind, torch.nan),
+        entropy=entropy.clamp(min=0).masked_fill(unknown, torch.nan),
         allowed=allowed,
-        peak=peak.masked_fill(blind, torch.nan),
-        first=first.masked_fill(blind, torch.nan),
+        peak=peak.masked_fill(unknown, torch.nan),
+        first=first.masked_fill(unknown, torch.nan),
     )
 
 
@@ -311,7 +313,7 @@ def _scores(
     end = max(1, keys - queries + here.stop) if mask.causal else keys
     query = grouped[:, :, :, here].reshape(batch, kv_heads, group * rows, width)
     scores = (query @ keys_t[..., :end]).reshape(batch, kv_heads * group, rows, end)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = _at_least_float32(scores)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if mask.additive is not None:
@@ -323,9 +325,14 @@ def _scores(
     return scores.sub_(scores.amax(-1, keepdim=True)).clamp_(min=_LEAST)
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Half precision neither holds `_LOW` nor sums the terms of an entropy."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _entropy_of_logits(logits: Tensor) -> Tensor:
-    """lse(a) - sum softmax(a) a: no log of a probability; half precision is computed in float32."""
-    a = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(min=_LOW)
+    """lse(a) - sum softmax(a) a: no log of a probability."""
+    a = logits.clamp(min=_LOW)
     a = a - a.amax(-1, keepdim=True).detach()
     total = torch.logsumexp(a, -1)
     return total - (torch.softmax(a, -1) * a).sum(-1)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, scores_by_rows
 
 
@@ -52,6 +52,8 @@ class _Rows(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, scale: float, mask: KeyMask, softcap: float | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = attention_rows(query, key, scale=scale, mask=mask, softcap=softcap)
+        if bool(rows.nonfinite.any()):
+            raise DataError("attention: queries or keys contain NaN or inf")
         ctx.scale, ctx.mask, ctx.softcap = scale, mask, softcap
         ctx.save_for_backward(query, key, rows.entropy)
         ctx.mark_non_differentiable(rows.allowed, rows.peak, rows.first)

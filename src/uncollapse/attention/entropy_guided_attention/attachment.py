@@ -33,7 +33,8 @@ def attach_entropy_regularizer(
 
     Works with any kernel (eager, SDPA, flash attention): the penalty is computed from queries and keys, a few query rows at
     a time, forward and backward, so that no matrix of attention is ever kept. The thresholds are the submodule
-    `entropy_thresholds` of the model: an optimizer over `model.parameters()` trains them, checkpoints hold them.
+    `entropy_thresholds` of the model: an optimizer over `model.parameters()` trains them, checkpoints hold them. Attach before
+    `load_state_dict`; `from_pretrained` drops them, since it makes a model without.
 
     Args:
         theta_init: thresholds at the start, as a share of the reference entropy, 0 to 1.

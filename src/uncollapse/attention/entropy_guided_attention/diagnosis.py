@@ -132,7 +132,7 @@ def collect_attention_entropy(model: nn.Module, batch: Mapping[str, Any] | Tenso
 
     Raises:
         ConfigError: a model in which no attention was seen; says what was looked for.
-        DataError: a batch without tokens.
+        DataError: a batch without tokens, or attention that contains NaN or inf.
     """
     tokens = batch if isinstance(batch, Tensor) else batch.get("input_ids", batch.get("inputs_embeds"))
     if tokens is None or tokens.ndim < 2 or not tokens.numel():
@@ -143,4 +143,6 @@ def collect_attention_entropy(model: nn.Module, batch: Mapping[str, Any] | Tenso
         else:
             model(**batch)
     table = head_table(tally.layers)
+    if bool(table["nonfinite"].nansum() > 0):
+        raise DataError("collect_attention_entropy: queries, keys or probabilities contain NaN or inf")
     return HeadEntropies(tuple(tally.layers), table["entropy"], table["first"], tokens.shape[1])

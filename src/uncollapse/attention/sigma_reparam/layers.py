@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from uncollapse.attention.sigma_reparam.checkpoints import accept_plain_weights
+from uncollapse.attention.sigma_reparam.checkpoints import accept_plain_weights, parametrised
 from uncollapse.attention.sigma_reparam.parametrization import SigmaReparam, SigmaTracker
 
 INIT_STD = 0.02
@@ -20,6 +20,26 @@ def attach(layer: nn.Module, name: str, tracker: SigmaTracker) -> None:
         layer, name, tracker, unsafe=True
     )  # its checks would take a power step
     accept_plain_weights(layer)
+    if isinstance(layer, nn.MultiheadAttention):
+        _tell_of_passes(type(layer))
+
+
+def _tell_of_passes(kind: type[nn.Module]) -> None:
+    """Let a parametrised layer tell its trackers when a pass begins, since it reads its weight several times in one.
+
+    torch's attention reads it three times. Not by a hook: the fused kernel that evaluation of an encoder takes refuses
+    layers with hooks. A parametrised layer has a class of its own, which `fuse` takes away.
+    """
+    if "forward" in vars(kind):
+        return  # another weight of this layer has seen to it
+    plain = kind.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for _, tracker, _ in parametrised(self):
+            tracker.begin_pass()
+        return plain(self, *args, **kwargs)
+
+    kind.forward = forward  # type: ignore[method-assign]
 
 
 def initialise(layer: nn.Module, std: float, generator: torch.Generator | None = None) -> None:

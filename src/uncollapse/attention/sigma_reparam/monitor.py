@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
@@ -20,7 +21,7 @@ from uncollapse.inspection.attention import (
     PaddingMask,
     no_attention,
 )
-from uncollapse.inspection.attention_calls import AttentionCall, attention_calls
+from uncollapse.inspection.attention_calls import AttentionCall, attention_calls, recomputing
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class AttentionEntropyMonitor:
     """Watches the attention of a model while it trains, with forward hooks; holds a few numbers per head and pass.
 
     `with AttentionEntropyMonitor(model) as monitor:` or `monitor.close()` takes the hooks off. A pass is a forward pass
-    of the model that attends. Entropies in nats, normalised ones over the logarithm of the keys that a query may see.
+    of the model that attends; what activation checkpointing computes again belongs to none. Entropies in nats, normalised
+    ones over the logarithm of the keys that a query may see.
 
     Args:
         threshold: normalised entropy below which a head has collapsed.
@@ -77,7 +79,7 @@ class AttentionEntropyMonitor:
         self._history: dict[str, deque[HeadStatistics]] = {}
         self._window = window
         self._sums: dict[str, Float[Tensor, "statistic head"]] = {}
-        self._seen: dict[str, int] = {}
+        self._known: dict[str, Int[Tensor, "statistic head"]] = {}  # passes in which a head has it
         self._lowest: dict[str, Float[Tensor, " head"]] = {}
         self._now, self._padding = AttentionTally(), PaddingMask()
         self._hooks = ExitStack()
@@ -97,13 +99,13 @@ class AttentionEntropyMonitor:
 
     @property
     def entropy(self) -> Mapping[str, Float[Tensor, " head"]]:
-        """Mean entropy per layer and head over the passes looked at, nats."""
-        return {layer: total[0] / self._seen[layer] for layer, total in self._looked().items()}
+        """Mean entropy per layer and head over the passes looked at, nats; NaN for a head without a row."""
+        return {layer: total[0] / self._known[layer][0] for layer, total in self._looked().items()}
 
     @property
     def normalized(self) -> Mapping[str, Float[Tensor, " head"]]:
-        """Mean normalised entropy per layer and head over the passes looked at, 0 to 1."""
-        return {layer: total[1] / self._seen[layer] for layer, total in self._looked().items()}
+        """Mean normalised entropy per layer and head over the passes looked at, 0 to 1; NaN without a row of two keys."""
+        return {layer: total[1] / self._known[layer][1] for layer, total in self._looked().items()}
 
     @property
     def lowest(self) -> Mapping[str, Float[Tensor, " head"]]:
@@ -117,7 +119,9 @@ class AttentionEntropyMonitor:
         self._looked()
         for layer, history in self._history.items():
             now = history[-1]
-            highest = torch.stack([one.normalized for one in history]).amax(0)
+            highest = history[0].normalized
+            for one in history:
+                highest = torch.fmax(highest, one.normalized)  # NaN: no row of two keys in that pass
             low, fell = now.normalized < self.threshold, now.normalized < (1 - self.drop) * highest
             for head in (low | fell).nonzero().flatten().tolist():
                 values = (float(each[head]) for each in (now.normalized, highest, now.first))
@@ -129,12 +133,17 @@ class AttentionEntropyMonitor:
         self._looked()
         last = [history[-1] for history in self._history.values()]
         normalized = torch.cat([one.normalized for one in last])
+        known = normalized[~normalized.isnan()]
+        nonfinite, rows = (
+            sum(float(getattr(one, name).sum()) for one in last) for name in ("nonfinite", "rows")
+        )
         heads = {(flag.layer, flag.head) for flag in self.collapsed()}
         return {
-            "attention/entropy/mean": float(torch.cat([one.entropy for one in last]).mean()),
-            "attention/normalized_entropy/mean": float(normalized.mean()),
-            "attention/normalized_entropy/min": float(normalized.min()),
+            "attention/entropy/mean": float(torch.cat([one.entropy for one in last]).nanmean()),
+            "attention/normalized_entropy/mean": float(normalized.nanmean()),
+            "attention/normalized_entropy/min": float(known.min()) if len(known) else math.nan,
             "attention/collapsed/frac": len(heads) / len(normalized),
+            "attention/nonfinite/frac": nonfinite / max(nonfinite + rows, 1),
         }
 
     def _looked(self) -> Mapping[str, Float[Tensor, "statistic head"]]:
@@ -143,19 +152,23 @@ class AttentionEntropyMonitor:
         return self._sums
 
     def _begins(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if recomputing():
+            return
         self._padding.read(kwargs)
+        self._now.clear()  # what a pass that failed has left
 
     def _attends(self, call: AttentionCall) -> None:
         if self.passes % self.every == 0:
             self._now.add_call(call, self._padding.queries(call.query))
 
     def _ends(self, module: nn.Module, args: object, output: Any) -> None:
+        if recomputing():
+            return
         self.passes += 1
         for layer, one in self._now.layers.items():
             self._history.setdefault(layer, deque(maxlen=self._window)).append(one)
             both = torch.stack([one.entropy, one.normalized])
-            self._sums[layer] = self._sums[layer] + both if layer in self._sums else both
-            self._seen[layer] = self._seen.get(layer, 0) + 1
-            least = self._lowest.get(layer, one.normalized)
-            self._lowest[layer] = torch.minimum(least, one.normalized)
+            self._sums[layer] = self._sums.get(layer, 0) + both.nan_to_num(0)
+            self._known[layer] = self._known.get(layer, 0) + ~both.isnan()
+            self._lowest[layer] = torch.fmin(self._lowest.get(layer, one.normalized), one.normalized)
         self._now.clear()

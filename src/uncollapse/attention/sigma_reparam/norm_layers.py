@@ -10,7 +10,7 @@ from torch import nn
 from uncollapse.attention.sigma_reparam.selection import matches
 from uncollapse.errors import ConfigError
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 class NoNorm(nn.Identity):

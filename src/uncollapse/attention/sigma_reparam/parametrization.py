@@ -20,6 +20,7 @@ from uncollapse.attention.sigma_reparam.estimate import (
     start_vector,
 )
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.inspection.attention_calls import recomputing
 
 GammaInit: TypeAlias = Literal["spectral", "one"] | float | int
 
@@ -31,8 +32,9 @@ class SigmaTracker(nn.Module):
     last step, which are not.
 
     A training pass takes `n_power_iterations` steps and keeps them; with `update_every` = k only each k-th pass does, and those
-    between see the same vectors, as micro-steps of one gradient ought to. An evaluation pass takes one step that
-    it does not keep. What activation checkpointing computes again during the backward pass takes none, so that it sees the
+    between see the same vectors, as micro-steps of one gradient ought to. A pass is an access to the weight, unless the
+    layer tells when one begins (`begin_pass`): then all accesses until the next see the same vectors. An evaluation pass
+    takes one step that it does not keep. What activation checkpointing computes again during the backward pass takes none, so that it sees the
     weight of the forward pass.
 
     Args:
@@ -72,6 +74,9 @@ class SigmaTracker(nn.Module):
         self.batch: PowerBatch | None = None
         self.handed: Handed | None = None  # a step that the batch took for this layer
         self._pass = 0  # training passes since the last step
+        self._fresh: bool | None = (
+            None  # whether nobody has read the weight in this pass; None: no pass was told of
+        )
         matrix = as_blocks(weight.detach(), blocks)
         v, u, sigma = power_step(matrix, checked_start(matrix, u_init, generator))
         self.register_buffer("u", u)
@@ -100,9 +105,16 @@ class SigmaTracker(nn.Module):
             buffer.copy_(value)  # in place, since data-parallel wrappers hold on to the buffers
         return found
 
+    def begin_pass(self) -> None:
+        """Tell that a forward pass begins; what activation checkpointing computes again is none."""
+        if self.training and not recomputing():
+            self._fresh = True
+
     def _due(self) -> bool:
-        if _inside_backward():
+        if self._fresh is False or recomputing():
             return False
+        if self._fresh:
+            self._fresh = False
         due = self._pass == 0
         if self.update_every > 1:
             self._pass = (self._pass + 1) % self.update_every
@@ -179,8 +191,3 @@ def checked_start(
             f"the weight is {what}, so it has no norm to divide by; initialise it or leave the layer out"
         )
     return start_vector(matrix, how, generator)
-
-
-def _inside_backward() -> bool:
-    """Whether this forward pass is activation checkpointing that computes again what the backward pass needs."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

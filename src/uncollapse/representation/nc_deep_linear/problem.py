@@ -7,8 +7,9 @@ the N samples: (1/2N) sum |z - onehot(y)|^2 or cross-entropy in nats. The bias, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +66,11 @@ class UFM:
 
     @classmethod
     def make(
-        cls, n_per_class: Sequence[int], depth: int, lam_w: float | Sequence[float], lam_h: float
+        cls,
+        n_per_class: Sequence[int],
+        depth: int,
+        lam_w: SupportsFloat | Sequence[SupportsFloat],
+        lam_h: SupportsFloat,
     ) -> UFM:
         """`lam_w`: one penalty for all layers, or one for each.
 
@@ -78,12 +83,13 @@ class UFM:
             )
         if depth < 1:
             raise ConfigError(f"nc-deep-linear: depth is {depth}; the head needs at least one layer")
-        weights = (lam_w,) * depth if isinstance(lam_w, int | float) else tuple(lam_w)
-        if len(weights) != depth or not all(0 < lam < math.inf for lam in (*weights, lam_h)):
+        weights = tuple(map(float, lam_w)) if isinstance(lam_w, Iterable) else (float(lam_w),) * depth
+        features = float(lam_h)
+        if len(weights) != depth or not all(0 < lam < math.inf for lam in (*weights, features)):
             raise ConfigError(
                 f"nc-deep-linear: penalties {weights} and {lam_h} for depth {depth}; give one per layer, all above 0"
             )
-        return cls(tuple(int(n) for n in n_per_class), weights, lam_h)
+        return cls(tuple(int(n) for n in n_per_class), weights, features)
 
     @property
     def classes(self) -> int:

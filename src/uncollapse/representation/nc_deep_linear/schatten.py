@@ -11,8 +11,9 @@ families here and their objectives are our own check of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 from jaxtyping import Float
@@ -25,7 +26,7 @@ _SCALES = torch.logspace(-3, 3, 241, dtype=torch.float64)
 
 
 def schatten_penalty(
-    logits: Float[Tensor, "class class"], n: int, depth: int, lam: float | Sequence[float]
+    logits: Float[Tensor, "class class"], n: int, depth: int, lam: SupportsFloat | Sequence[SupportsFloat]
 ) -> Float[Tensor, ""]:
     """((M+1)/2) (n prod lam)^(1/(M+1)) sum_i s_i^(2/(M+1)) of class-mean logits, n samples each.
 
@@ -39,7 +40,7 @@ def schatten_penalty(
 
 
 def schatten_objective(
-    logits: Float[Tensor, "class class"], n: int, depth: int, lam: float | Sequence[float]
+    logits: Float[Tensor, "class class"], n: int, depth: int, lam: SupportsFloat | Sequence[SupportsFloat]
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of class-mean logits (row k: what class k gets) plus `schatten_penalty`; nats.
 
@@ -81,7 +82,7 @@ class ScaledLogits:
 
 
 def best_scale(
-    pattern: Float[Tensor, "class class"], n: int, depth: int, lam: float | Sequence[float]
+    pattern: Float[Tensor, "class class"], n: int, depth: int, lam: SupportsFloat | Sequence[SupportsFloat]
 ) -> ScaledLogits:
     """Least `schatten_objective` over the multiples a >= 0 of a pattern, to about 1e-12.
 
@@ -108,8 +109,8 @@ def best_scale(
     return ScaledLogits(scale, minimum, scale * pattern)
 
 
-def _penalty_factor(n: int, depth: int, lam: float | Sequence[float]) -> float:
-    lams = (lam,) * (depth + 1) if isinstance(lam, int | float) else tuple(lam)
+def _penalty_factor(n: int, depth: int, lam: SupportsFloat | Sequence[SupportsFloat]) -> float:
+    lams = tuple(map(float, lam)) if isinstance(lam, Iterable) else (float(lam),) * (depth + 1)
     if len(lams) != depth + 1 or not all(value > 0 for value in lams):
         raise ConfigError(
             f"schatten_penalty: penalties {lams} for {depth + 1} factors; give one each, above 0"

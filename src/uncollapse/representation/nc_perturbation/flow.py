@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class CentralPath:
     means: Float[Tensor, "time class feature"] = field(repr=False)
     start: Float[Tensor, "class feature"] = field(repr=False)
     H0: Float[Tensor, "sample feature"] = field(repr=False)
-    y: Int[Tensor, " sample"] = field(repr=False)
+    y: Integer[Tensor, " sample"] = field(repr=False)
 
     def features(self, at: int = -1) -> Float[Tensor, "sample feature"]:
         """The features at time `t[at]`."""
@@ -46,7 +46,7 @@ class CentralPath:
 
 def central_path_flow(
     H0: Float[Tensor, "sample feature"],
-    y: Int[Tensor, " sample"],
+    y: Integer[Tensor, " sample"],
     lam_w: float,
     lam_h: float,
     t_span: tuple[float, float],
@@ -113,5 +113,5 @@ def central_path_flow(
         means.to(place),
         start.means,
         H0.detach(),
-        y,
+        y.long(),
     )

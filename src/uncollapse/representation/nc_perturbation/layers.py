@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from scipy.optimize import brentq
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class LayerwiseNC1:
 def effective_step(
     features: Float[Tensor, "sample feature"],
     following: Float[Tensor, "sample next"],
-    y: Int[Tensor, " sample"],
+    y: Integer[Tensor, " sample"],
     *,
     lam_w: float = 0.01,
     lam_h: float = 0.0,
@@ -63,7 +63,7 @@ def effective_step(
 
 def predict_layerwise_nc1(
     features_by_layer: Mapping[str, Float[Tensor, "sample _"]] | Sequence[Float[Tensor, "sample _"]],
-    y: Int[Tensor, " sample"],
+    y: Integer[Tensor, " sample"],
     *,
     lam_w: float = 0.01,
     lam_h: float = 0.0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
@@ -67,13 +67,14 @@ class PooledMoments:
 
 
 def pooled_moments(
-    H: Float[Tensor, "sample feature"], y: Int[Tensor, " sample"], num_classes: int | None = None
+    H: Float[Tensor, "sample feature"], y: Integer[Tensor, " sample"], num_classes: int | None = None
 ) -> PooledMoments:
-    """The moments of features `H` with classes `y` from 0 to `num_classes` - 1 (default: the largest label).
+    """The moments of features `H` with classes `y`, of any integer dtype, from 0 to `num_classes` - 1 (default: the largest label).
 
     Raises:
         DataError: no samples, NaN or inf, labels outside the classes, a class without samples.
     """
+    y = y.long()  # an index of bytes would be a mask
     found = class_moments(H.detach(), y, num_classes)
     if not bool(found.seen.all()):
         missing = (~found.seen).nonzero()[:10, 0].tolist()
@@ -83,7 +84,7 @@ def pooled_moments(
 
 
 def one_hot(
-    y: Int[Tensor, " sample"], num_classes: int | None = None, dtype: torch.dtype = torch.float64
+    y: Integer[Tensor, " sample"], num_classes: int | None = None, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "sample class"]:
     """Targets Y: row i is the unit vector of class y_i.
 

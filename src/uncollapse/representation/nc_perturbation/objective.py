@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
@@ -16,7 +16,7 @@ from uncollapse.representation.nc_perturbation.moments import check_penalties, o
 def near_collapse_objective(
     W: Float[Tensor, "class feature"],
     H: Float[Tensor, "sample feature"],
-    y: Int[Tensor, " sample"],
+    y: Integer[Tensor, " sample"],
     lam_w: float,
     lam_h: float,
     *,
@@ -64,18 +64,18 @@ def ridge(
 
 def optimal_features(
     W: Float[Tensor, "class feature"],
-    y: Int[Tensor, " sample"],
+    y: Integer[Tensor, " sample"],
     lam_h: float,
     beta: float,
     H0: Float[Tensor, "sample feature"],
 ) -> Float[Tensor, "sample feature"]:
     """H*(W) = (Y W + beta H0) (W^T W + (lam_h + beta) I)^-1: the other half of alternating minimisation."""
     check_penalties(1.0, lam_h, beta)
-    return ridge(W[y] + beta * H0, W.T @ W, lam_h + beta)
+    return ridge(W[y.long()] + beta * H0, W.T @ W, lam_h + beta)
 
 
 def central_path_loss(
-    H: Float[Tensor, "sample feature"], y: Int[Tensor, " sample"], lam_w: float, lam_h: float
+    H: Float[Tensor, "sample feature"], y: Integer[Tensor, " sample"], lam_w: float, lam_h: float
 ) -> Float[Tensor, ""]:
     """L(H): the objective without a tie, its head minimised out."""
     W = optimal_head(H, one_hot(y, dtype=H.dtype), lam_w)
@@ -83,7 +83,7 @@ def central_path_loss(
 
 
 def central_path_gradient(
-    H: Float[Tensor, "sample feature"], y: Int[Tensor, " sample"], lam_w: float, lam_h: float
+    H: Float[Tensor, "sample feature"], y: Integer[Tensor, " sample"], lam_w: float, lam_h: float
 ) -> Float[Tensor, "sample feature"]:
     """N times the gradient of L: (H W*^T - Y) W* + lam_h H. The flow is minus this.
 
@@ -103,7 +103,7 @@ class CollapsedMinimizer(NamedTuple):
 
     W: Float[Tensor, "class feature"]
     H: Float[Tensor, "sample feature"]
-    y: Int[Tensor, " sample"]
+    y: Integer[Tensor, " sample"]
     rho: float
     c: float
     objective: float
@@ -141,7 +141,7 @@ def collapsed_minimizer(
         gaussian = torch.randn(d, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         frame = torch.linalg.qr(gaussian).Q.T
     elif frame.shape != (K, d) or not torch.allclose(
-        frame @ frame.T, torch.eye(K, dtype=frame.dtype), atol=1e-6
+        frame @ frame.T, torch.eye(K, dtype=frame.dtype, device=frame.device), atol=1e-6
     ):
         raise ConfigError(f"frame must have {K} orthonormal rows of length {d}")
     c = min(1.0, math.sqrt(lam_w * lam_h))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from uncollapse.errors import DataError
@@ -110,7 +110,7 @@ def _past_a_saddle(
 
 def proximal_features(
     H0: Float[Tensor, "sample feature"],
-    y: Int[Tensor, " sample"],
+    y: Integer[Tensor, " sample"],
     lam_w: float,
     lam_h: float,
     beta: float,

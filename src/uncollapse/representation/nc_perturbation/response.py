@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
@@ -105,7 +105,7 @@ class LinearResponse(LinearOperator):  # type: ignore[misc]
         self,
         W: Float[Tensor, "class feature"],
         H: Float[Tensor, "sample feature"],
-        y: Int[Tensor, " sample"],
+        y: Integer[Tensor, " sample"],
         lam_w: float,
         lam_h: float,
         beta: float,
@@ -181,7 +181,7 @@ class LinearResponse(LinearOperator):  # type: ignore[misc]
 def linear_response(
     W: Float[Tensor, "class feature"],
     H: Float[Tensor, "sample feature"],
-    y: Int[Tensor, " sample"],
+    y: Integer[Tensor, " sample"],
     lam_w: float,
     lam_h: float,
     beta: float,
