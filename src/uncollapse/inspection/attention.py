@@ -129,6 +129,11 @@ class AttentionTally:
             )
         return found
 
+    @property
+    def nonfinite(self) -> int:
+        """Rows of all heads that contain NaN or inf."""
+        return int(sum(float(sums[-1].sum()) for sums in self._sums.values()))
+
     def clear(self) -> None:
         """Forget what was counted."""
         self._sums.clear()

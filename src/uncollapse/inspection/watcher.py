@@ -21,7 +21,7 @@ from uncollapse.inspection.attention import counted_attention, no_attention
 from uncollapse.inspection.class_tally import ClassTally
 from uncollapse.inspection.classes import ClassSource, Seen, head_inputs
 from uncollapse.inspection.features import SpreadTally, block_outputs, head_of
-from uncollapse.inspection.finite import FiniteAttention
+from uncollapse.inspection.finite import ReadableAttention
 from uncollapse.inspection.result import Inspection
 from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
 
@@ -42,7 +42,7 @@ class Watcher:
     ) -> None:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self._attention, self._features = attention, features
-        self._tally, self._spread = FiniteAttention(), SpreadTally()
+        self._tally, self._spread = ReadableAttention(), SpreadTally()
         self._classes, self._head, self._headless = classes, head, ""
         if features and head is None:
             try:
@@ -109,7 +109,8 @@ class Watcher:
 
         Raises nothing, whatever the model holds: what cannot be computed is in `absent`.
         """
-        blocks, heads = self._spread.blocks, self._tally.layers
+        blocks = self._spread.blocks
+        heads = {layer: one for layer, one in self._tally.layers.items() if bool(one.rows.any())}
         absent = self._without_attention() | self._without_features() | self._without_classes()
 
         def computed(part: str, compute: Callable[[], _Found]) -> _Found | None:
@@ -123,7 +124,7 @@ class Watcher:
         collapse, frames = (computed("classes", at_head.report) if at_head else None) or (None, None)
         norms = computed("logit_norms", lambda: attention_logit_norms(self.model)) if heads else None
         spectra = computed("weights", lambda: weight_spectra(self.model)) if weights else None
-        nonfinite = {"attention": self._tally.left_out} if self._attention else {}
+        nonfinite = {"attention": self._tally.nonfinite} if self._attention else {}
         if self._features:
             nonfinite |= {"features": self._spread.left_out, "classes": at_head.left_out if at_head else 0}
         for part, rows in nonfinite.items():
@@ -154,10 +155,10 @@ class Watcher:
             layer, reason = next(iter(tally.refused.items()))
             more = f" (and {len(tally.refused) - 1} more layers)" if len(tally.refused) > 1 else ""
             return {"attention": f"{layer}{more}: {reason}"}
-        if not self._attention or tally.layers:
+        if not self._attention or any(bool(one.rows.any()) for one in tally.layers.values()):
             return {}
-        if tally.left_out:
-            return {"attention": f"all {tally.left_out} rows contain NaN or inf"}
+        if tally.nonfinite:
+            return {"attention": f"all {tally.nonfinite} rows contain NaN or inf"}
         return {"attention": str(no_attention(self.model))}
 
     def _without_features(self) -> dict[str, str]:
