@@ -65,7 +65,7 @@ def contestants(field: str) -> dict[str, Any]:
     from uncollapse.studies.testbeds import engine
 
     offered = {"modsum": engine.OFFERS, "tiny": offers.TRL}[field]
-    known = recipes() | load_recipes(HERE / "comparison.yaml")
+    known = {**recipes(), **load_recipes(HERE / "comparison.yaml")}
     return {
         name: replace(copy.deepcopy(made), sampler=replace(made.sampler, samples=SAMPLES))
         for name, made in known.items()

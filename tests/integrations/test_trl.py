@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -299,6 +300,40 @@ def test_options_that_the_recipe_owns_are_refused(tmp_path, changes, message):
         run(tmp_path, recipe="grpo", **changes)
 
 
+def warned_of(tmp_path, name, **changes):
+    """What is said when a trainer is made."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GRPOTrainer(
+            toy.llama(), toy.digit_share, toy.config(tmp_path, **changes), train_dataset=toy.prompts(),
+            processing_class=toy.tokenizer(), recipe=name,
+        )  # fmt: skip
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"top_p": 0.9}, "top_p=0.9: "),
+        ({"top_k": 20, "min_p": 0.1}, "top_k=20, min_p=0.1: "),
+        ({"generation_kwargs": {"top_p": 0.5}}, "top_p=0.5: "),
+    ],
+)
+def test_sampling_from_a_part_of_the_vocabulary_is_warned_of_where_the_whole_is_read(tmp_path, changes, told):
+    said = [line for line in warned_of(tmp_path, "siren", **changes) if "the whole vocabulary" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"{told}the recipe 'siren' reads NucleusEntropy of the whole vocabulary")
+    assert not any("vocabulary" in line for line in warned_of(tmp_path, "grpo", **changes))
+    assert not any("vocabulary" in line for line in warned_of(tmp_path, "siren", top_k=0, top_p=1.0))
+
+
+@pytest.mark.parametrize("name", ["gtpo", "lp-reg-on-policy"])
+def test_several_updates_of_a_recipe_for_one_are_warned_of(tmp_path, name):
+    said = "is for one optimiser step per rollout batch"
+    assert any(said in line for line in warned_of(tmp_path, name, steps_per_generation=2))
+    assert not any(said in line for line in warned_of(tmp_path, name))
+
+
 def test_a_target_above_the_entropy_of_the_model_is_refused(tmp_path):
     siren = recipe("siren")
     weighted = replace(siren.regularizers[0], term=Siren(target=50.0))
@@ -338,6 +373,20 @@ def test_dynamic_sampling_replaces_dead_groups(tmp_path):
     logged = [row for row in trainer.state.log_history if "sampler/oversampling" in row]
     assert logged[0]["sampler/oversampling"] > 1
     assert logged[0]["reward/zero_variance_groups"] < 0.5
+
+
+def test_the_whole_divergence_of_lp_reg_acts_in_trl(tmp_path):
+    made = recipe("lp-reg-on-policy")
+    pulled, bare = (
+        replace(made, surrogate=replace(made.surrogate, rho=1.0, kappa=0.65, beta=beta))
+        for beta in (1.0, 0.0)
+    )
+    (_, with_term), (_, without) = (
+        run(tmp_path / str(at), recipe=one, max_steps=1) for at, one in enumerate((pulled, bare))
+    )
+    pairs = list(zip(with_term.gradients[0], without.gradients[0], strict=True))
+    assert all(torch.isfinite(a).all() for a, _ in pairs)
+    assert any(not torch.allclose(a, b) for a, b in pairs)
 
 
 def test_gpt2_with_absolute_positions_and_padding(tmp_path):

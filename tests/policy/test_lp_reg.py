@@ -21,6 +21,7 @@ from uncollapse.errors import ConfigError
 from uncollapse.integrations.offers import TRL, VERL_ENGINE
 from uncollapse.policy.batch import Batch, Clock
 from uncollapse.policy.config import resolve
+from uncollapse.policy.config.describe import describe, on_policy_only
 from uncollapse.policy.lp_reg import (
     LpReg,
     ProxyKL,
@@ -594,7 +595,33 @@ def test_the_term_acts_in_the_recipes_and_the_old_policy_is_the_old_one() -> Non
         assert (with_term - without).norm() > 0.05 * without.norm()
 
 
+@pytest.mark.parametrize("threshold", [{}, {"kappa": None, "tau": 0.1}, {"keep_equal": True}])
+def test_on_policy_the_own_divergence_is_the_full_one(threshold: dict) -> None:
+    full, own = (
+        replace(recipe("lp-reg"), name=kl, surrogate=LpReg(kl=kl, rho=0.5, **({"kappa": 0.3} | threshold)))
+        for kl in ("full", "own")
+    )
+    engine, batch = prepared(full)
+    _, mine = prepared(own)
+    rows = torch.arange(len(batch)).chunk(3)
+    loss, found = loss_and_gradient(engine, full, batch, rows)
+    own_loss, own_found = loss_and_gradient(engine, own, mine, rows)
+    assert own_loss == pytest.approx(loss, abs=1e-12)
+    torch.testing.assert_close(own_found, found, rtol=0, atol=1e-12)
+    bare = replace(full, surrogate=LpReg(beta=0.0))
+    assert (found - loss_and_gradient(engine, bare, batch, rows)[1]).norm() > 1e-3
+
+
+def test_the_own_divergence_is_said_to_be_for_one_update() -> None:
+    made = recipe("lp-reg-on-policy")
+    said = "lp-reg with kl: own is for one optimiser step per rollout batch"
+    assert any(said in line for line in describe(made, engines={}, updates=4).warnings)
+    assert not any(said in line for line in describe(made, engines={}, updates=1).warnings)
+    assert not on_policy_only(recipe("lp-reg"))
+
+
 def test_where_the_recipes_run() -> None:
+    assert recipe("lp-reg-on-policy").refusals(TRL) == recipe("lp-reg-on-policy").refusals(VERL_ENGINE) == []
     assert recipe("lp-reg").refusals(TRL) == []
     assert recipe("lp-reg").refusals(VERL_ENGINE) == []
     assert recipe("lp-reg-released").refusals(TRL) == []

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lab import loss_and_gradient, moved_on, prepared
+from lab import Table, TableLab, loss_and_gradient, moved_on, prepared
 
 from uncollapse.errors import ConfigError
 from uncollapse.measure import statistics
@@ -37,6 +37,7 @@ from uncollapse.policy.siren import (
     siren_regularizer,
 )
 from uncollapse.policy.stats import Entropy, NucleusEntropy
+from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
 
 F64 = torch.float64
 WHOLE = [torch.arange(40)]
@@ -463,6 +464,27 @@ def test_a_target_that_was_had_or_comes_nearer_is_not_given_up(options: dict, le
     for level in levels:
         watched(term, level)
     assert pulled(term, 1.5) == pytest.approx(1.5 - options.get("target", 1.8))
+
+
+@pytest.mark.filterwarnings("ignore:.*out of reach")
+def test_what_is_given_up_depends_on_no_split_and_survives_a_resume() -> None:
+    def states(microbatches: int) -> dict:
+        made = with_siren(Siren(target=2.7, patience=3))
+        policy = Table()
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        engine = LogitsEngine(TableLab(), policy)
+        trainer = Trainer(made, engine, optimizer, minibatches=2, microbatches=microbatches)
+        for _ in range(6):
+            trainer.step(list(range(5)))
+        return trainer.recipe.state_dict()["stages"]["Siren"]
+
+    whole, split = states(1), states(4)
+    assert whole["reach"]["held"] is not None
+    assert whole["reach"]["held"] == pytest.approx(split["reach"]["held"], abs=1e-12)
+    assert whole["reach"]["recent"] == pytest.approx(split["reach"]["recent"], abs=1e-12)
+    resumed = Siren(target=2.7, patience=3)
+    resumed.load_state_dict(whole)
+    assert resumed.state_dict() == whole
 
 
 def test_without_a_target_the_band_has_no_width() -> None:

@@ -408,6 +408,16 @@ def test_released_scope_depends_on_the_split_and_is_marked() -> None:
     assert loss_and_gradient(engine, as_one, batch, [rows])[0] == pytest.approx(whole, abs=1e-14)
 
 
+def test_the_released_linear_script_has_weights_from_one_fifth_more_to_one_fifth_less() -> None:
+    linear, released = recipe("steer-released-linear"), recipe("steer-released")
+    assert linear.weights == (Steer(mode="linear", w_min=0.8, w_max=1.2, scope="microbatch"),)
+    assert replace(linear, name=released.name, summary=released.summary, weights=released.weights) == released
+    engine, batch = prepared(linear)
+    report = linear.loss(engine.measure(linear.plan(batch), linear.stats("loss")))
+    total, tokens = report.metrics["steer/weight/mean"]
+    assert 1.0 < float(total / tokens) < 1.2
+
+
 def test_clipped_tokens_do_not_set_the_scale_if_asked() -> None:
     engine, batch = prepared(made(Steer(respect_clip=True)))
     moved_on(engine.policy, size=2.0)

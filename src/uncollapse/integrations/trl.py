@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -48,6 +49,7 @@ from uncollapse.integrations.sampling import SamplingEngine
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
+from uncollapse.policy.config.describe import on_policy_only
 from uncollapse.policy.metrics import rollout_metrics, rollout_stats, useful_rows
 from uncollapse.policy.protocols import OfVocabulary
 from uncollapse.policy.recipe import LossReport, Recipe
@@ -56,6 +58,11 @@ from uncollapse.policy.stats import Logp, Measured
 from uncollapse.token_dump import TokenDump
 
 STATE_FILE = "uncollapse_recipe.pt"
+
+UNCUT: Mapping[str, tuple[float | None, ...]] = {
+    "top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0),
+}  # fmt: skip
+"""Options of sampling, and the values at which the policy itself is sampled, not a distribution made from it."""
 
 OWNED = (
     "beta", "delta", "epsilon", "epsilon_high", "entropy_coef", "importance_sampling_level", "loss_type",
@@ -98,6 +105,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         sampler = replace(chosen.sampler, samples=args.num_generations, temperature=args.temperature)  # type: ignore[type-var]
         self.recipe = replace(chosen, sampler=sampler)
         _refuse(args, self.recipe)
+        if args.process_index == 0:
+            _warn(args, self.recipe)
         reference = any(stat.whose == "ref" for stat in self.recipe.stats("rollout"))
         settings = copy.copy(args)
         # TRL holds a reference model only for its own KL penalty; the recipe's penalty replaces that.
@@ -658,3 +667,20 @@ def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
             f"{args.gradient_accumulation_steps}: a recipe plans over all rows of an optimiser step"
         )
     recipe.check("TRL", offers.TRL)
+
+
+def _warn(args: trl.GRPOConfig, recipe: Recipe) -> None:
+    """Warn of settings that are allowed, but under which the recipe is not what it says."""
+    sampling = {name: getattr(args, name) for name in UNCUT} | (args.generation_kwargs or {})
+    cut = [f"{name}={sampling[name]!r}" for name, uncut in UNCUT.items() if sampling[name] not in uncut]
+    wanted = recipe.stats("rollout") | recipe.stats("plan") | recipe.stats("loss")
+    read = sorted({type(stat).__name__ for stat in wanted if not isinstance(stat, Logp)})
+    if cut and read:
+        warnings.warn(
+            f"{', '.join(cut)}: the recipe {recipe.name!r} reads {', '.join(read)} of the whole vocabulary, while answers are "
+            "sampled from another distribution; leave these options at their defaults to sample from the policy itself",
+            stacklevel=3,
+        )
+    if args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps:
+        for line in on_policy_only(recipe):
+            warnings.warn(f"recipe {recipe.name!r}: {line}", stacklevel=3)

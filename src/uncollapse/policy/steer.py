@@ -10,7 +10,8 @@ policy loss is multiplied by a weight that falls with |Omega|: from 1 where noth
 Differs from the paper / the official code:
 - The largest |Omega| is that of all tokens of the optimiser step. The released code takes it within each micro-batch, so
   that the method changes with the split; recipe `steer-released` does so too, for parity, and is marked split-dependent.
-- `w_min` is 0.7, the paper's; the released script has 0.8, and so has `steer-released`.
+- `w_min` is 0.7, the paper's; the released script has 0.8, and so has `steer-released`. The bounds do not change with the
+  mode: `linear` keeps 0.7 and 1 unless told, and `steer-released-linear` has the 0.8 and 1.2 of the released script.
 - The estimator is the released one by default, for parity. It lacks a factor p, so that one rare token sets the scale for all
   others. `theorem` is what the paper derives for one sampled token, at the same cost; `exact`, the derivative itself, needs
   one more statistic per token and was the best of the three in our study.
@@ -307,6 +308,15 @@ steer_released = register(
         name="steer-released",
         summary="STEER as its code has it: weights relative to each micro-batch, smallest weight 0.8.",
         weights=(Steer(w_min=0.8, scope="microbatch"),),
+    )
+)
+
+steer_released_linear = register(
+    replace(
+        steer_released,
+        name="steer-released-linear",
+        summary="STEER as its linear script has it: weights from 1.2 down to 0.8, relative to each micro-batch.",
+        weights=(Steer(mode="linear", w_min=0.8, w_max=1.2, scope="microbatch"),),
     )
 )
 

@@ -23,8 +23,10 @@ _ON_POLICY_INERT = {
 
 _ON_POLICY_ONLY = {
     "reinforce": "its ratio stays 1: answers of an older policy count as the current one's, and no clip bounds the step",
+    "lp-reg with kl: own": "its proxy follows the policy instead of holding to the one that sampled, and pulls nothing back",
 }
-"""Stages that are right in the first optimiser step after a rollout only, and what happens in the others."""
+"""Stages, or options of them, that are right in the first optimiser step after a rollout only, and what happens in the
+others."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,20 @@ def _forwards(recipe: Recipe, needs: Mapping[str, tuple[str, ...]], updates: int
     return tuple(passes)
 
 
+def _on_policy_only(card: StageCard) -> list[str]:
+    kinds = (card.name, *(f"{card.name} with {option}: {value}" for option, value in card.options.items()))
+    return [
+        f"{kind} is for one optimiser step per rollout batch; with more {_ON_POLICY_ONLY[kind]}"
+        for kind in kinds
+        if kind in _ON_POLICY_ONLY
+    ]
+
+
+def on_policy_only(recipe: Recipe) -> tuple[str, ...]:
+    """What is wrong with more than one optimiser step per rollout batch, one line each; empty for most recipes."""
+    return tuple(line for card in _cards(recipe) for line in _on_policy_only(card))
+
+
 def _warnings(recipe: Recipe, cards: tuple[StageCard, ...], updates: int | None) -> tuple[str, ...]:
     found = []
     for card in cards:
@@ -138,10 +154,8 @@ def _warnings(recipe: Recipe, cards: tuple[StageCard, ...], updates: int | None)
             verb = {None: "would do", 1: "does"}.get(updates)
             if verb:
                 found.append(f"{card.name} {verb} nothing {when}: {_ON_POLICY_INERT[card.name]}")
-        if card.name in _ON_POLICY_ONLY and updates != 1:
-            found.append(
-                f"{card.name} is for one optimiser step per rollout batch; with more {_ON_POLICY_ONLY[card.name]}"
-            )
+        if updates != 1:
+            found += _on_policy_only(card)
         if card.slot == "regularizers" and card.options.get("coef") == 0:
             found.append(f"{card.name} has coefficient 0: it is left out")
     if recipe.split_dependent:

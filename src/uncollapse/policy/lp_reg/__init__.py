@@ -10,11 +10,14 @@ and are not noise (q > 0). There the loss gets beta KL(q || pi):
 
     mean over tokens of  -A clip(r, 0, U) + beta 1{selected} KL(q || pi),    r = pi / pi_old.
 
-Three recipes, one surrogate (`LpReg`):
+Four recipes, one surrogate (`LpReg`):
 - `lp-reg`: selection, clip and pool of the paper; the divergence by its sampled estimate k3, which any engine can
   measure. As a loss k3 is an unbiased estimate of the divergence's gradient while pi is the policy that sampled.
 - `lp-reg-full`: the divergence over the whole vocabulary, as the paper writes it. It needs the logits of two policies at
   once, so it runs on the testbed and is refused elsewhere, with that reason.
+- `lp-reg-on-policy`: the divergence over the whole vocabulary with one optimiser step per rollout batch, the setting of the
+  paper's best result. Then q is the proxy of the policy itself and the divergence -log Z, which takes one policy's logits,
+  so that any engine can measure it.
 - `lp-reg-released`: the official code, but for the pool.
 
 Differs from the paper / the official code:
@@ -84,6 +87,15 @@ lp_reg_full = register(
         name="lp-reg-full",
         summary="Lp-Reg with the divergence over the whole vocabulary, as the paper writes it.",
         surrogate=LpReg(kl="full"),
+    )
+)
+
+lp_reg_on_policy = register(
+    replace(
+        lp_reg,
+        name="lp-reg-on-policy",
+        summary="Lp-Reg with the divergence over the whole vocabulary, for one optimiser step per rollout batch.",
+        surrogate=LpReg(kl="own"),
     )
 )
 

@@ -70,8 +70,10 @@ class LpReg:
     `lowest`. Noise: `kappa` (share of the largest probability) or a fixed `tau`, then with `kappa=None`; `keep_equal` keeps
     the threshold itself. `rho_positive`: regularise tokens with A > 0 as well (ablation).
 
-    Loss: `beta` per nat, ratios capped at `upper`, those with A < 0 if `cap_negative`; `kl`, `only_below` and
-    `official_clamp` as in `lp_reg_loss`. With `beta=0`, or both fractions 0, it is the bare capped surrogate and costs nothing
+    Loss: `beta` per nat, ratios capped at `upper`, those with A < 0 if `cap_negative`; `kl` sampled or full, `only_below` and
+    `official_clamp` as in `lp_reg_loss`. `kl="own"` is the full divergence of the current policy from its own proxy, -log Z,
+    which takes one policy's logits: value and gradient of `full` as long as the policy is the one that sampled, in the
+    first optimiser step of a rollout batch. Later its proxy has followed the policy, and nothing pulls back. With `beta=0`, or both fractions 0, it is the bare capped surrogate and costs nothing
     more; else two numbers per token of the old policy, measured in the pass that gives the old log-probabilities.
     Defaults: the paper's for Qwen3-14B (32B: rho 0.005).
     """
@@ -81,7 +83,7 @@ class LpReg:
     tau: float | None = None
     beta: float = 1.0
     upper: float = 10.0
-    kl: Literal["sampled", "full"] = "sampled"
+    kl: Literal["sampled", "full", "own"] = "sampled"
     pool: Literal["all", "negative"] = "all"
     scope: Scope = "rollout"
     keep_equal: bool = False
@@ -102,11 +104,11 @@ class LpReg:
             )
         if self.beta < 0 or self.upper <= 1 or self.at_least < 0 or self.skip_below < 0:
             raise ConfigError(f"lp-reg: needs beta >= 0, upper > 1, at_least and skip_below >= 0; got {self}")
-        if self.kl not in ("sampled", "full") or self.pool not in ("all", "negative"):
+        if self.kl not in ("sampled", "full", "own") or self.pool not in ("all", "negative"):
             raise ConfigError(
-                f"lp-reg: kl is sampled or full, pool is all or negative; got {self.kl!r}, {self.pool!r}"
+                f"lp-reg: kl is sampled, full or own, pool is all or negative; got {self.kl!r}, {self.pool!r}"
             )
-        if self.kl == "full" and (self.only_below or self.official_clamp):
+        if self.kl != "sampled" and (self.only_below or self.official_clamp):
             raise ConfigError("lp-reg: only_below and official_clamp belong to kl: sampled; leave them out")
 
     @property
@@ -122,16 +124,19 @@ class LpReg:
         return LogMassAbove("old", tau=self.tau, keep_equal=self.keep_equal)
 
     @property
-    def _divergence(self) -> ProxyKL:
+    def _divergence(self) -> Stat:
+        """The statistic that the whole divergence is read from: itself, or for `own` the log of the kept mass."""
+        if self.kl == "own":
+            return self._kept_mass.by("now")
         return ProxyKL("now", "old", self.kappa, self.tau, self.keep_equal)
 
     @property
     def needs(self) -> Needs:
-        """Of the old policy the sampled, the largest and the kept probability; for `full` the divergence itself."""
+        """Of the old policy the sampled, the largest and the kept probability; for `full` and `own` the divergence."""
         if not self.active:
             return _READS
-        full: Needs = frozenset({self._divergence}) if self.kl == "full" else frozenset()
-        return _READS | {Logp("old"), MaxLogp("old"), self._kept_mass} | full
+        whole: Needs = frozenset() if self.kl == "sampled" else frozenset({self._divergence})
+        return _READS | {Logp("old"), MaxLogp("old"), self._kept_mass} | whole
 
     def _log_q(self, batch: Batch) -> TokenMap:
         """log q of the sampled tokens, -inf at noise."""
@@ -176,9 +181,10 @@ class LpReg:
         return torch.where(where, self._log_q(batch) - batch.stats[Logp("now")], 0.0)
 
     def _kl(self, batch: Batch, where: TokenMask) -> TokenMap:
-        if self.kl == "full":
-            return torch.where(where, batch.stats[self._divergence], 0.0)
-        return sampled_kl(self._gap(batch, where), official_clamp=self.official_clamp)
+        if self.kl == "sampled":
+            return sampled_kl(self._gap(batch, where), official_clamp=self.official_clamp)
+        whole = batch.stats[self._divergence]
+        return torch.where(where, -whole if self.kl == "own" else whole, 0.0)
 
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss."""
