@@ -33,7 +33,12 @@ from uncollapse.inspection.features import (
     head_inputs,
     head_of,
 )
-from uncollapse.inspection.weights import WeightSpectrum, attention_logit_norms, weight_spectra
+from uncollapse.inspection.weights import (
+    NO_PROJECTIONS,
+    WeightSpectrum,
+    attention_logit_norms,
+    weight_spectra,
+)
 from uncollapse.measure.class_statistics import CollapseReport, StreamingNC
 from uncollapse.measure.neural_collapse import ClassMoments, NCReport, between_classes, nc_report
 
@@ -183,12 +188,15 @@ class Watcher:
                 "classes",
                 "no classes were given; a classifier needs labels= in its forward pass or watch(classes=...)",
             )
+        norms = attention_logit_norms(self.model) if heads else {}
+        if heads and not norms:
+            absent["logit_norms"] = NO_PROJECTIONS
         collapse, frames = self._collapse()
         return Inspection(
             model=type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
             heads=heads,
-            logit_norms=attention_logit_norms(self.model) if heads else {},
+            logit_norms=norms,
             blocks=blocks,
             collapse=collapse,
             frames=frames,
