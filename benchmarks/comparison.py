@@ -5,7 +5,8 @@
     python -m benchmarks.comparison tiny --only grpo,siren --seeds 0
 
 Finished runs are kept below `runs/comparison`, so that the same command continues. What has run is written to
-`benchmarks/comparison.json`, from which the page is generated.
+`benchmarks/comparison.json`, from which the page is generated; with `--only` these rows alone are new there, and the page
+tells which commit measured which.
 """
 
 from __future__ import annotations
@@ -56,17 +57,19 @@ ABOUT = {
 }
 
 
-def contestants() -> dict[str, Any]:
-    """Every registered recipe that samples by itself here, then those of `comparison.yaml` at this scale's numbers."""
+def contestants(field: str) -> dict[str, Any]:
+    """Every registered recipe that the field's engine can run, then those of `comparison.yaml` at this scale's numbers."""
     from uncollapse.integrations import offers
     from uncollapse.policy.config import load_recipes
     from uncollapse.policy.registry import recipes
+    from uncollapse.studies.testbeds import engine
 
-    known = {name: made for name, made in recipes().items() if not made.refusals(offers.TRL)}
-    known |= load_recipes(HERE / "comparison.yaml")
+    offered = {"modsum": engine.OFFERS, "tiny": offers.TRL}[field]
+    known = recipes() | load_recipes(HERE / "comparison.yaml")
     return {
         name: replace(copy.deepcopy(made), sampler=replace(made.sampler, samples=SAMPLES))
         for name, made in known.items()
+        if not made.refusals(offered)
     }
 
 
@@ -122,7 +125,7 @@ def measure(field: str, names: Sequence[str], seeds: Sequence[int]) -> dict[str,
     from uncollapse.studies.provenance import provenance
     from uncollapse.studies.study import Trials
 
-    known = contestants()
+    known = contestants(field)
     chosen = {name: known[name] for name in names or known}
     trials = Trials(WORK / field, len(chosen) * len(seeds), progress=_told)
     rows: dict[str, list[Mapping[str, float]]] = {}
@@ -135,11 +138,27 @@ def measure(field: str, names: Sequence[str], seeds: Sequence[int]) -> dict[str,
                 refused[name] = " ".join(str(error).split())
                 continue
             rows.setdefault(name, []).append(found)
+    origin = provenance(f"python -m benchmarks.comparison {field}")
     return {
-        "origin": provenance(f"python -m benchmarks.comparison {field}"),
+        "origin": origin,
         "seeds": list(seeds),
         "recipes": {name: _estimates(found, seeds, rows.get("grpo")) for name, found in rows.items()},
         "refused": refused,
+        "commits": dict.fromkeys(rows, origin["commit"]),
+    }
+
+
+def merged(before: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of a field with the new ones in place; only the new ones if they have other seeds."""
+    if before is None or before["seeds"] != new["seeds"]:
+        return dict(new)
+    commits = before.get("commits") or dict.fromkeys(before["recipes"], before["origin"]["commit"])
+    return {
+        **new,
+        "recipes": before["recipes"] | new["recipes"],
+        "refused": {name: why for name, why in before["refused"].items() if name not in new["recipes"]}
+        | new["refused"],
+        "commits": commits | new["commits"],
     }
 
 
@@ -171,8 +190,16 @@ def table(result: Mapping[str, Any], field: str) -> str:
     lines += [f"\n`{name}` does not run here: {reason}." for name, reason in result["refused"].items()]
     origin = result["origin"]
     seeds = ", ".join(map(str, result["seeds"]))
-    lines += ["", f"Seeds {seeds}; {origin['date'][:10]}, commit {str(origin['commit'])[:10]}, {origin['cpu']}, "
+    last = origin["commit"]
+    lines += ["", f"Seeds {seeds}; {origin['date'][:10]}, commit {str(last)[:10]}, {origin['cpu']}, "
               f"{origin['threads']} thread."]  # fmt: skip
+    older: dict[str, list[str]] = {}
+    for name, commit in result.get("commits", {}).items():
+        if commit != last:
+            older.setdefault(str(commit)[:10], []).append(f"`{name}`")
+    lines += [
+        f"Measured before, at commit {commit}: {', '.join(sorted(names))}." for commit, names in older.items()
+    ]
     return "\n".join(lines)
 
 
@@ -202,13 +229,16 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the table, write nothing")
     options = parser.parse_args()
     names = [name for name in options.only.split(",") if name]
-    unknown = sorted(set(names) - set(contestants()))
+    known = contestants(options.field)
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise SystemExit(f"no recipe {', '.join(unknown)} here; there are {', '.join(contestants())}")
+        raise SystemExit(f"no recipe {', '.join(unknown)} here; there are {', '.join(known)}")
     seeds = [int(seed) for seed in options.seeds.split(",") if seed] or SEEDS[options.field]
     result = measure(options.field, names, seeds)
     if not options.dry_run:
-        record.write(RECORD, json.dumps(kept() | {options.field: result}, indent=1) + "\n")
+        before = kept()
+        result = merged(before.get(options.field), result) if names else result
+        record.write(RECORD, json.dumps(before | {options.field: result}, indent=1) + "\n")
     print(table(result, options.field))
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,14 +169,37 @@ def test_the_cost_model_of_processes_is_a_line_in_rows_and_a_ring():
     assert processes.table(result).count("extrapolated, not measured") == 4
 
 
+def test_a_field_of_the_comparison_has_what_its_engine_can_run():
+    from benchmarks import comparison
+
+    table, model = comparison.contestants("modsum"), comparison.contestants("tiny")
+    assert "lp-reg-full" in table  # two policies' logits at once
+    assert "lp-reg-full" not in model
+    assert {"grpo", "lp-reg-scaled"} <= set(model) <= set(table)
+
+
+def test_lp_reg_chooses_tokens_at_the_scale_of_the_comparison():
+    from benchmarks import comparison
+    from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
+    from uncollapse.studies.testbeds.modsum import ModSum, ModSumLab, TablePolicy
+
+    task, made = ModSum(), comparison.contestants("modsum")["lp-reg-scaled"]
+    policy = TablePolicy(task.initial_logits(torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+    trainer = Trainer(made, LogitsEngine(ModSumLab(task), policy), optimizer, minibatches=4)
+    reports = [report for _ in range(8) for report in trainer.step(list(range(task.prompts)))[1]]
+    chosen = sum(float(report.metrics["lp_reg/selected/frac"][0]) for report in reports)
+    assert chosen >= 8 * 5  # of 768 tokens in each of 8 rollout batches
+
+
 def test_the_comparison_has_every_recipe_on_as_many_rows_and_tells_means_with_intervals(
     tmp_path, monkeypatch
 ):
     from benchmarks import comparison
     from uncollapse.policy.registry import recipes
 
-    known = comparison.contestants()
-    assert set(known) >= {name for name in recipes() if name in known} | {"clip-cov-scaled"}
+    known = comparison.contestants("modsum")
+    assert set(known) >= set(recipes()) | {"clip-cov-scaled"}
     assert {made.sampler.samples for made in known.values()} == {comparison.SAMPLES}
 
     def run(recipe, seed):
@@ -187,3 +211,19 @@ def test_the_comparison_has_every_recipe_on_as_many_rows_and_tells_means_with_in
     text = comparison.table(result, "modsum")
     assert text.index("| dapo | 3.000 ± 0.00 |") < text.index("| grpo | 1.500 ±")
     assert "| 0.500 ± 0.00 | 1.000 ± 0.00 |" in text
+
+    one = {
+        "origin": {"commit": "b" * 40},
+        "seeds": [0, 1],
+        "recipes": {"siren": {}},
+        "refused": {},
+        "commits": {"siren": "b" * 40},
+    }
+    both = comparison.merged(result | {"refused": {"siren": "no"}}, one)
+    assert list(both["recipes"]) == ["grpo", "dapo", "siren"]
+    assert both["refused"] == {}
+    assert both["commits"]["siren"] != both["commits"]["grpo"] == result["origin"]["commit"]
+    assert comparison.merged(result, one | {"seeds": [5]})["recipes"] == {"siren": {}}
+    assert comparison.merged(None, one) == one
+    later = result | {"commits": result["commits"] | {"dapo": "c" * 40}}
+    assert f"Measured before, at commit {'c' * 10}: `dapo`." in comparison.table(later, "modsum")

@@ -62,10 +62,9 @@ def test_every_format_gives_the_same_answers(capsys, tmp_path, suffix):
     found = cliff_json(capsys, write(tmp_path / f"rewards{suffix}", ROWS))
     summary = found["summary"]
     assert (summary["prompts"], summary["comparable"], summary["tied"], summary["flipped"]) == (4, 3, 1, 1)
-    assert [one["prompt"] for one in found["worst"]] == ["tied", "close", "firm", "same answer twice"]
-    assert [one["ties"] for one in found["worst"]] == [2, 1, 1, 1]
-    np.testing.assert_allclose([one["flip"] for one in found["worst"][:3]], [0, 5e-4, 0.5])
-    assert found["worst"][3]["flip"] is None
+    assert [one["prompt"] for one in found["worst"]] == ["tied", "close", "firm"]
+    assert [one["ties"] for one in found["worst"]] == [2, 1, 1]
+    np.testing.assert_allclose([one["flip"] for one in found["worst"]], [0, 5e-4, 0.5])
     assert found["weights"] == {"reward": 1.0}
     assert summary["bound"] == pytest.approx(np.tanh(0.05))
 
@@ -234,6 +233,7 @@ def test_one_completion_per_prompt_says_nothing(capsys, tmp_path):
     found = cliff_json(capsys, tmp_path / "t.csv")
     assert found["summary"]["comparable"] == 0
     assert found["summary"]["soft_mean"] is None
+    assert found["worst"] == []
 
 
 def test_unscored_completions_are_left_out(capsys, tmp_path):
@@ -249,6 +249,49 @@ def test_unscored_completions_are_left_out(capsys, tmp_path):
     code, _, err = run(capsys, "cliff", write(tmp_path / "u.csv", rows))
     assert code == 2
     assert "the reward of completion 6 (from 0) is infinite" in err
+
+
+def test_every_domain_may_have_rewards_of_its_own(capsys, tmp_path):
+    rows = [
+        {"prompt": domain, "completion": c, "math_reward": None, "code_reward": None}
+        | {f"{domain}_reward": r}
+        for domain, r, c in (("math", 1.0, "a"), ("math", 1.0, "b"), ("code", 0.5, "a"), ("code", 0.0, "b"))
+    ]
+    rows.append({"prompt": "code", "completion": "c", "math_reward": None, "code_reward": None})
+    path = write(tmp_path / "t.parquet", rows)
+    code, out, _ = run(capsys, "cliff", path)
+    assert code == 0
+    assert "5 completions of 2 prompts, 1 without a score left out, 4 with a reward missing" in " ".join(
+        out.split()
+    )
+    found = cliff_json(capsys, path)
+    assert (found["completions"], found["unscored"], found["partly_scored"]) == (5, 1, 4)
+    assert found["summary"]["comparable"] == 2
+    assert [one["ties_by_reward"] for one in found["worst"]] == [
+        {"math_reward": 2, "code_reward": 0},
+        {"math_reward": 0, "code_reward": 1},
+    ]
+    assert [one["gap"] for one in found["worst"]] == [0.0, 0.5]
+    # one domain alone, as in a file of a step: the other column is empty and no mistake
+    code, out, err = run(capsys, "cliff", write(tmp_path / "one.jsonl", rows[:2]))
+    assert code == 0
+    assert "the column 'code_reward' holds no number" in err
+    assert "1 of 1 comparable prompts (100%) have more than one best answer" in out
+
+
+def test_the_tolerance_of_ties_is_told(capsys, tmp_path):
+    rows = [{"prompt": "p", "completion": c, "reward": r} for c, r in (("a", 0.30000001192), ("b", 0.3))]
+    path = write(tmp_path / "t.jsonl", rows)
+    found = cliff_json(capsys, path)
+    assert found["worst"][0]["ties"] == 2
+    assert found["summary"]["tolerance"] == [1e-6, 1e-6]
+    assert "rewards are within 1e-06\n" in run(capsys, "cliff", path)[1]
+    found = cliff_json(capsys, path, "--tolerance", "1e-9")
+    assert (found["worst"][0]["ties"], found["worst"][0]["tolerance"]) == (1, 1e-9)
+    rows += [{"prompt": "q", "completion": c, "reward": r} for c, r in (("a", 30.0), ("b", 0.3))]
+    path = write(tmp_path / "u.jsonl", rows)
+    assert "within 1e-06 to 3e-05, where rewards are large" in run(capsys, "cliff", path)[1]
+    assert "tolerance -1 has to be" in run(capsys, "cliff", path, "--tolerance", "-1")[2]
 
 
 def test_a_truncated_table_keeps_its_whole_rows(capsys, tmp_path):

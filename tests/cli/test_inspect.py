@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizerFast
 
 from uncollapse.cli import main
+from uncollapse.models import load
 
 
 def test_the_packaged_model_with_a_page(tmp_path, capsys):
@@ -22,6 +23,22 @@ def test_the_packaged_model_with_a_page(tmp_path, capsys):
     assert "The sharpest heads" in html
     assert "Classes at the head" in html
     assert "embed_tokens" in html
+
+
+def test_json_has_every_head_every_layer_and_every_weight(capsys):
+    assert main(["inspect", "tiny", "--tokens", "64", "--length", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model, _ = load("tiny")
+    layer = "model.layers.0.self_attn"
+    heads = model.config.num_attention_heads
+    assert len(found["heads"]) == len(found["logit_norms"]) == model.config.num_hidden_layers
+    assert all(len(found["heads"][layer][name]) == heads for name in ("entropy", "normalized", "first"))
+    mean = sum(found["heads"][layer]["normalized"]) / heads
+    assert found["scalars"][f"attention/normalized/{layer}"] == pytest.approx(mean)
+    assert found["scalars"][f"attention/logit_norm/{layer}"] == max(found["logit_norms"][layer])
+    table = {one["name"]: one for one in found["weights"]}
+    assert table["model.embed_tokens.weight"]["shape"] == list(model.get_input_embeddings().weight.shape)
+    assert {"spectral_norm", "effective_rank", "stable_rank"} <= set(table["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -52,6 +69,25 @@ def test_json_of_a_text_file_is_the_same_with_any_kernel(tmp_path, capsys, atten
         )
 
 
+def test_a_masked_language_model_keeps_its_head_and_takes_no_next_tokens(tmp_path, capsys):
+    _, tokenizer = load("tiny")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--tokens", "64", "--length", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "nc/classes" not in found["scalars"]
+    assert "BertForMaskedLM" in found["absent"]["classes"]
+    assert 0 < found["scalars"]["attention/normalized/mean"] <= 1
+
+
 @pytest.fixture
 def classifier(tmp_path):
     directory = tmp_path / "classifier"
@@ -80,6 +116,13 @@ def test_a_text_classifier_with_labels(tmp_path, capsys, classifier):
     assert scalars["nc/nc2_equiangular_means"] == pytest.approx(
         0, abs=1e-6
     )  # two classes always face each other
+    assert scalars["nc1/pinv"] == pytest.approx(scalars["nc/nc1_pinv"])
+    assert scalars["nc/nc4"] == 1 - scalars["nc4/seen_head"]
+    assert scalars["nc4/centre_accuracy"] == 1  # each class is one text, and so its own mean
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(classifier), "--data", str(rows), "--length", "8", "--html", str(page)]) == 0
+    assert "nc4/full_head" in page.read_text()
+    capsys.readouterr()
     assert main(["inspect", str(classifier)]) == 2
     assert "labelled" in capsys.readouterr().err
     rows.write_text(json.dumps({"text": "good", "label": "yes"}) + "\n")

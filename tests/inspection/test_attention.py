@@ -136,7 +136,36 @@ def test_torch_s_own_layer(batch_first, training):
     torch.testing.assert_close(plain, same)
     assert list(tally.layers) == ["layers.0.self_attn", "layers.1.self_attn"]
     first = tally.layers["layers.0.self_attn"]
-    torch.testing.assert_close(first.entropy.float(), torch.special.entr(weights).sum(-1).mean(dim=(0, 2)))
+    shown = torch.special.entr(weights).sum(-1).movedim(1, -1)[~padding]
+    torch.testing.assert_close(first.entropy.float(), shown.mean(dim=0))
+
+
+@torch.no_grad()
+def test_padding_is_left_out_however_the_mask_is_given():
+    model, ids = llama("sdpa"), torch.randint(0, 40, (3, 11), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[1, :4] = 0
+    with attention_statistics(model) as tally:
+        model(ids, mask)
+    assert all(one.rows.tolist() == [29] * 4 for one in tally.layers.values())
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False
+    )
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    bias = torch.zeros(3, 5).masked_fill(padding, -torch.inf)
+    for given in (padding, bias):
+        with attention_statistics(encoder) as tally:
+            encoder(x, src_key_padding_mask=given)
+        assert all(one.rows.tolist() == [13] * 2 for one in tally.layers.values())
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    with attention_statistics(attention) as tally:
+        attention(x, x, x, padding)
+    assert tally.layers[""].rows.tolist() == [13] * 2
+    with attention_statistics(attention) as tally:  # the keys' mask says nothing about other queries
+        attention(x[:, :4], x, x, padding)
+    assert tally.layers[""].rows.tolist() == [12] * 2
 
 
 class Own(nn.Module):

@@ -19,7 +19,8 @@ from uncollapse.attention.entropy_guided_attention import (
 )
 from uncollapse.attention.sigma_reparam import apply_sigma_reparam
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.features import blocks_of, head_inputs, head_of
+from uncollapse.inspection.classes import head_inputs
+from uncollapse.inspection.features import blocks_of, head_of
 from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
 from uncollapse.measure.class_statistics import StreamingNC
 from uncollapse.measure.neural_collapse import nc_metrics
@@ -117,6 +118,125 @@ def test_a_classifier_without_attention():
     assert "labels=" in blind.result().absent["classes"]
 
 
+@torch.no_grad()
+def test_two_passes_give_all_of_the_classical_metrics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
+    images, classes = torch.rand(60, 1, 4, 4), torch.arange(60) % 4
+    batches = [slice(0, 25), slice(25, 60)]
+    now = batches[0]
+    with uncollapse.watch(model, classes=lambda: classes[now]) as seen:
+        for now in batches:
+            model(images[now])
+    assert seen.result().frames.nc4 is None
+    with seen.deciding():
+        for now in batches:
+            model(images[now])
+    found = seen.result()
+    expected = nc_metrics(model[:3](images), classes, model[3].weight, model[3].bias, num_classes=5).metrics()
+    assert found.frames.metrics() == pytest.approx(expected, rel=1e-5)
+    assert found.collapse["nc1/pinv"] == pytest.approx(expected["nc1_pinv"], rel=1e-5)
+    assert found.decisions.samples == 60
+    scalars = seen.scalars()
+    assert scalars["nc4/head_accuracy"] == float((model(images).argmax(1) == classes).double().mean())
+    seen.clear()
+    with seen.deciding():
+        model(images)
+    assert "first pass" in seen.result().absent["nc4"]
+
+
+@torch.no_grad()
+def test_rows_that_are_not_finite_are_left_out_and_counted(llama):
+    ids = tokens()
+    with uncollapse.watch(llama) as clean:
+        llama(input_ids=ids[:2])
+
+    def poison(module, args, output):
+        if len(output) == 3:
+            output = output.clone()
+            output[2, 3] = torch.inf
+        return output
+
+    handle = llama.model.embed_tokens.register_forward_hook(poison)
+    with uncollapse.watch(llama) as seen:
+        llama(input_ids=ids)
+    handle.remove()
+    expected, found = clean.scalars(by_layer=True), seen.scalars(by_layer=True)
+    # the first layer's rows before the broken token see nothing of it; behind it a weight of 0 does not stop NaN
+    assert found["attention/nonfinite/rows"] == 4 * (6 + 9 + 9)
+    assert found["features/nonfinite/rows"] == 3 * 9
+    assert found["nc/nonfinite/rows"] == 8
+    for layer in (1, 2):
+        name = f"attention/normalized/model.layers.{layer}.self_attn"
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    assert "left out" in seen.result().absent["nonfinite attention"]
+
+
+@torch.no_grad()
+def test_a_model_full_of_nan_gives_no_numbers_and_the_reasons(llama):
+    for parameter in llama.parameters():
+        parameter.fill_(torch.nan)
+    with uncollapse.watch(llama) as seen:
+        llama(input_ids=tokens())
+    found = seen.result(weights=True)
+    assert all("NaN" in found.absent[part] for part in ("attention", "features", "classes", "weights"))
+    assert found.scalars()["features/nonfinite/rows"] == 3 * 9 * 3
+    seen.clear()
+    assert not any(seen.result().nonfinite.values())
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("attention", [True, False])
+def test_torch_s_encoder_on_its_way_of_nested_tensors(attention):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = padding[:, 4:] = True
+    plain = encoder(x, src_key_padding_mask=padding)
+    with uncollapse.watch(encoder, attention=attention) as seen:
+        same = encoder(x, src_key_padding_mask=padding)
+        encoder(x)
+    torch.testing.assert_close(same, plain)
+    assert not same[padding].any()
+    encoder.use_nested_tensor = False
+    with uncollapse.watch(encoder, attention=attention) as expected:
+        encoder(x, src_key_padding_mask=padding)
+        encoder(x)
+    found = seen.scalars(by_layer=True)
+    assert found == pytest.approx(expected.scalars(by_layer=True), rel=1e-6)
+    assert [block.rows for block in seen.result().blocks.values()] == [11 + 15] * 2
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+
+
+@torch.no_grad()
+def test_padding_of_torch_s_layers_with_time_first_is_left_out():
+    layer = nn.TransformerEncoderLayer(16, 2, 24)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x, padding = torch.randn(5, 5, 16), torch.zeros(5, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    x[3:, 1] = 1e4
+    with uncollapse.watch(encoder) as seen:
+        encoder(x, src_key_padding_mask=padding)
+        hidden = encoder.layers[0](x, src_key_padding_mask=padding).transpose(0, 1)[~padding].double()
+    assert seen.result().blocks["layers.0"].effective_rank == pytest.approx(
+        float(effective_rank(singular_values(hidden - hidden.mean(0)))), rel=1e-4
+    )
+
+
+@torch.no_grad()
+def test_blocks_of_changing_width_and_float64_beyond_its_squares():
+    model = nn.Sequential(nn.Identity(), nn.Identity()).double()
+    with uncollapse.watch(model, attention=False) as seen:
+        model(torch.randn(4, 3, dtype=torch.double))
+        model(torch.randn(4, 5, dtype=torch.double))
+        model(torch.full((4, 3), 1e200, dtype=torch.double))
+    found = seen.result()
+    assert found.blocks["0"].rows == 4
+    assert "another width" in found.absent["features"]
+    assert found.nonfinite["features"] == 8
+
+
 def test_labels_of_a_call_and_ignored_ones():
     head, kept = nn.Linear(4, 3), []
     model = nn.Sequential(head)
@@ -176,7 +296,7 @@ def test_reading_a_parametrised_model_changes_nothing(llama, put_on):
         put_on(model)
         other = copy.deepcopy(model)
         other(given)
-        with uncollapse.watch(model, features=False) as seen:
+        with uncollapse.watch(model) as seen:
             model(given)
             seen.result(weights=True)
         assert model.state_dict().keys() == other.state_dict().keys()

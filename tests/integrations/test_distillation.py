@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import LlamaForCausalLM, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy
@@ -53,10 +53,10 @@ def arguments(path, **options):
     )
 
 
-def made(path, model, data, teacher=None, loss=None, **options):
+def made(path, model, data, teacher=None, loss=None, causal=None, **options):
     return DistillationTrainer(
         model=model, teacher=teacher, loss=loss or KDLoss(), args=arguments(path, **options), train_dataset=data,
-        eval_dataset=data,
+        eval_dataset=data, causal=causal,
     )  # fmt: skip
 
 
@@ -102,6 +102,17 @@ def test_language_models_are_distilled_at_the_tokens_that_count(tmp_path):
     assert len(trainer.state.log_history) > 0
 
 
+def test_language_models_of_a_derived_class_shift_their_labels_too(tmp_path):
+    class Mine(LlamaForCausalLM):
+        pass
+
+    mine, data = Mine(toy.llama().config), texts()
+    assert made(tmp_path, mine, data, toy.llama(1)).causal
+    assert not made(tmp_path, mine, data, toy.llama(1), causal=False).causal
+    assert not made(tmp_path, Images(), images(), Images()).causal
+    assert made(tmp_path, Images(), images(), Images(), causal=True).causal
+
+
 def test_accumulated_micro_batches_are_a_mean(tmp_path):
     steps = {}
     for pieces in (1, 2):
@@ -141,6 +152,17 @@ def test_a_batch_without_a_label_that_counts_has_loss_0(tmp_path):
     trainer = made(tmp_path, toy.llama(), rows, toy.llama(1))
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     assert float(trainer.compute_loss(trainer.model, batch).detach()) == 0
+
+
+def test_a_batch_without_a_label_has_loss_0_where_classes_are_excluded(tmp_path):
+    excluded = torch.tensor([False, True, False])
+    student = Images(wrap=lambda logits: logits.masked_fill(excluded, -torch.inf))
+    trainer = made(tmp_path, student, images(), Images())
+    batch = {"pixels": torch.randn(2, 3, 4), "labels": torch.full((2,), -100)}
+    loss = trainer.compute_loss(student, batch)
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in student.parameters())
 
 
 @pytest.mark.parametrize("option", ["compute_loss_func", "label_smoothing_factor"])

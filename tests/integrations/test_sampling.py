@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import toy
 from test_trl import Recording, run
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.batch import PARTS, join
+from uncollapse.policy.cure import CureSampler
 from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.samplers import PlainSampler
 from uncollapse.policy.stats import Entropy
+from uncollapse.token_dump import read_dump
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -136,6 +139,60 @@ def test_idle_rows_fill_up_what_the_micro_batches_could_not_share_equally(tmp_pa
     assert not filled.last.columns["scale"][idle].any()
     for x, y in zip(a.gradients[0], b.gradients[0], strict=True):
         torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-4)
+
+
+CURE = replace(recipe("cure"), sampler=CureSampler(samples=4, k=5, shortest=1))
+
+
+def test_cure_branches_within_the_limit_of_prompt_and_prefix(tmp_path):
+    free, _ = run(tmp_path / "free", Watching, recipe=CURE, max_steps=1)
+    limited = replace(CURE, sampler=replace(CURE.sampler, max_prompt_len=7))
+    trainer, _ = run(tmp_path / "limited", Watching, recipe=limited, max_steps=1)
+    for made, most in ((free, 8), (trainer, 7)):
+        raw = made.raw
+        cut, branch = raw.columns["cut"], raw.columns["branch"] > 0
+        assert torch.equal(raw.columns["prompt_length"], torch.tensor([*map(len, raw.columns["prompt"])]))
+        assert (cut[branch] > 0).any()
+        assert int(raw.columns["prompt_length"][branch].max()) == most
+        for row in branch.nonzero()[:, 0].tolist():
+            parent = int(raw.group[row]) * 4
+            kept = raw.ids[parent, : int(cut[row])].tolist()
+            assert raw.columns["prompt"][row] == [*raw.columns["prompt"][parent], *kept]
+
+
+def test_a_vocabulary_without_critical_tokens_is_warned_of(tmp_path):
+    made = replace(CURE, sampler=CureSampler(samples=4))
+    with pytest.warns(UserWarning, match="no token is critical"):
+        trainer, _ = run(tmp_path, Watching, recipe=made, max_steps=1)
+    assert not trainer.raw.columns["cut"].any()
+
+
+def test_what_does_not_fit_into_the_model_is_refused(tmp_path):
+    model = toy.llama()
+    model.config.max_position_embeddings = 12
+    with pytest.raises(DataError, match=r"6 may follow, but the model has room for 12.*max_prompt_len=6"):
+        run(tmp_path, recipe=CURE, model=model, max_steps=1)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_idle_rows_are_neither_counted_nor_dumped(tmp_path, rows):
+    """Right throughout, one prompt of two answered again: all tempered answers are right and a third of the rows."""
+    split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 8 // rows}
+    made = recipe("aepo-arbitrary")
+    made = replace(made, sampler=replace(made.sampler, share=0.5, alpha=0.5))
+    trainer, _ = run(
+        tmp_path, Recording, recipe=made, reward=lambda completions, **_: [1.0] * len(completions),
+        max_steps=1, dump_tokens=tmp_path / "dump", **split,
+    )  # fmt: skip
+    assert int((trainer.last.columns["part"] == PARTS["idle"]).sum()) == (4 if rows == 1 else 0)
+    logged = trainer.state.log_history[0]
+    assert logged["tempered/positive/frac"] == 1
+    assert logged["tempered/rows/frac"] == pytest.approx(1 / 3)
+    (tokens,) = read_dump(tmp_path / "dump")
+    taken = trainer.last.columns["part"] != PARTS["idle"]
+    assert sorted(set(tokens.integer("uid").tolist())) == trainer.last.uid[taken].tolist()
+    assert np.isfinite(tokens.number("logp")[tokens.mask]).all()
+    assert (tokens.number("weight")[tokens.mask] > 0).all()
 
 
 def test_a_rollout_function_knows_no_prefixes(tmp_path):

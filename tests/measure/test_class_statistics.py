@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -180,6 +181,48 @@ def test_what_is_refused_and_leaves_the_statistics_alone():
         StreamingNC(3, 2, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="0 classes"):
         StreamingNC(0, 2)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.int32, torch.uint8])
+def test_an_attention_mask_of_numbers_is_a_mask_and_no_list_of_rows(kind):
+    h, y = samples(rows=60)
+    inside = (torch.arange(60) % 4 > 0).reshape(6, 10)
+    h, y = h.reshape(6, 10, 6), y.reshape(6, 10)
+    given = StreamingNC(30, 6).update(h, y, inside.to(kind))
+    numpy = StreamingNC(30, 6).update(h.numpy(), y.numpy(), inside.to(kind).numpy())
+    expected = StreamingNC(30, 6).update(h[inside], y[inside])
+    assert int(given.count.sum()) == 45
+    assert torch.equal(given.count, expected.count)
+    assert torch.equal(numpy.count, expected.count)
+    torch.testing.assert_close(given.mean, expected.mean)
+    decided = NC4Accumulator(expected.mean, expected.count, torch.ones(30, 6))
+    found = decided.update(h, y, inside.to(kind)).compute()
+    assert (found.samples, found.labelled) == (45, 45)
+
+
+@pytest.mark.parametrize("kind", [StreamingNC, NC4Accumulator])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(7, dtype=torch.bool)}, "mask \\(7,\\)"),
+        ({"mask": torch.ones(4, 5, dtype=torch.long)}, "mask \\(4, 5\\)"),
+        ({"mask": torch.ones(20)}, "mask of torch.float32"),
+        ({"y": torch.arange(20) / 10}, "classes of torch.float32"),
+        ({"y": torch.ones(20, dtype=torch.bool)}, "classes of torch.bool"),
+        ({"y": torch.zeros(5, 4, dtype=torch.long)}, "classes \\(5, 4\\)"),
+        ({"y": torch.full((20,), -100)}, "from -100.*mask"),
+        ({"y": torch.full((20,), 3)}, "from 3 to 3.*mask"),
+        ({"h": torch.tensor(1.0)}, "width none, expected 2"),
+        ({"h": torch.full((20, 2), torch.inf)}, "20 of 20"),
+    ],
+)
+def test_both_refuse_the_same_samples(kind, change, message):
+    """Called below the checks of shapes that only tests have."""
+    ones = torch.ones(3, 2)
+    taker = StreamingNC(3, 2) if kind is StreamingNC else NC4Accumulator(ones, torch.ones(3).long(), ones)
+    given = {"h": torch.ones(20, 2), "y": torch.zeros(20, dtype=torch.long), "mask": None} | change
+    with pytest.raises(DataError, match=f"^{kind.__name__}: .*{message}"):
+        inspect.unwrap(kind.update)(taker, given["h"], given["y"], given["mask"])
 
 
 def test_reading_a_report():

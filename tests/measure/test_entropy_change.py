@@ -243,6 +243,18 @@ def test_half_precision_is_computed_in_float32_near_certainty() -> None:
     assert token_entropy_change(logp.bfloat16(), logp.bfloat16(), h, a).dtype == torch.float32
 
 
+@pytest.mark.parametrize("estimator", ["released", "theorem"])
+def test_half_precision_is_clipped_in_float32(estimator: str) -> None:
+    logp = -torch.rand(4000, generator=generator(0)).bfloat16()
+    old = (logp.float() - 0.4 * torch.rand(4000, generator=generator(1))).bfloat16()
+    h, a = torch.ones(4000).bfloat16(), torch.ones(4000).bfloat16()
+    half = token_entropy_change(logp, old, h, a, estimator=estimator, clip=(0.2, 0.2))
+    wide = token_entropy_change(
+        logp.double(), old.double(), h.double(), a.double(), estimator=estimator, clip=(0.2, 0.2)
+    )
+    assert torch.equal(half == 0, wide == 0)
+
+
 def test_user_errors() -> None:
     x = torch.zeros(2)
     with pytest.raises(UnknownName, match="unknown estimator 'theorm'; did you mean theorem"):

@@ -62,3 +62,15 @@ def test_impossible_tokens_are_never_kept() -> None:
 def test_exactly_one_threshold_is_wanted(options: dict) -> None:
     with pytest.raises(ConfigError, match="give either kappa"):
         min_p_proxy(random_logits(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"kappa": 0.02}, {"kappa": None, "tau": 1e-4}])
+def test_half_precision_is_reduced_in_float32(dtype: torch.dtype, options: dict) -> None:
+    half = (2 * torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    log_q, keep, log_mass = min_p_proxy(half, **options)
+    wanted = min_p_proxy(half.double(), **options)
+    assert log_q.dtype == log_mass.dtype == torch.float32
+    assert torch.equal(keep, wanted[1])
+    torch.testing.assert_close(log_mass.double(), wanted[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_q[keep].double(), wanted[0][keep], rtol=0, atol=1e-4)

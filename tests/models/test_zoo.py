@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from uncollapse.errors import ConfigError, DataError, MissingExtra, UnknownName
-from uncollapse.models import MissingWeights, load, model_names, models, smollm2, zoo
+from uncollapse.models import MissingWeights, load, load_as_saved, model_names, models, smollm2, zoo
 from uncollapse.models.characters import character_tokenizer
 from uncollapse.tasks import task
 
@@ -129,6 +129,40 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path):
         with pytest.raises(DataError, match=message) as caught:
             load(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "BertForMaskedLM",
+        "BertForTokenClassification",
+        "BertForSequenceClassification",
+        "BertModel",
+        "LlamaForCausalLM",
+    ],
+)
+def test_a_model_comes_with_the_head_that_it_was_saved_with(tiny, tmp_path, kind):
+    family = kind.split("For")[0].removesuffix("Model")
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+    )
+    getattr(transformers, kind)(config).save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    loaded, tokenizer = load_as_saved(tmp_path)
+    assert type(loaded).__name__ == kind
+    assert tokenizer.padding_side == "left"
+    config_file = tmp_path / "config.json"
+    config_file.write_text(config_file.read_text().replace(kind, f"{family}ForQuestionAnswering"))
+    with pytest.raises(ConfigError, match="ForQuestionAnswering is neither"):
+        load_as_saved(tmp_path)
+
+
+def test_a_model_of_two_sides_is_refused(tiny, tmp_path):
+    config = transformers.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=40)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration is neither"):
+        load_as_saved(tmp_path)
 
 
 def test_names_and_options_that_do_not_exist():

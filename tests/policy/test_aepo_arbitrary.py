@@ -254,6 +254,19 @@ def test_06_alpha_scales_the_loss(seed: int) -> None:
     assert tempered_positive_loss(logp, old, reward, mask, 0.0, clip=0.2) == 0
 
 
+@pytest.mark.parametrize("agg", ["row", "token"])
+@pytest.mark.parametrize("far", [89.0, 1e4])
+def test_far_ratios_have_a_finite_gradient_in_float32(agg: str, far: float) -> None:
+    logp = torch.tensor([[0.0, -1.0], [-far, -1.0]], requires_grad=True)
+    old = torch.tensor([[-far, -1.0], [0.0, -1.0]])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    loss = tempered_positive_loss(logp, old, torch.ones(2), mask, 1.0, clip=0.2, agg=agg)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert torch.isfinite(loss)
+    assert gradient.tolist() == [[0.0, pytest.approx(-0.25)], [0.0, pytest.approx(-0.25)]]
+    assert torch.isfinite(tempered_reweighting(logp, old, torch.ones(2), 0.1)).all()
+
+
 # 7 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -570,7 +583,7 @@ def test_nothing_measured_changes_nothing() -> None:
     assert controller.entropy == 0.7
     made = recipe("aepo-arbitrary")
     _, batch = prepared(made)
-    made.observe(replace(batch, mask=torch.zeros_like(batch.mask)))
+    made.observe(batch.with_columns(sampled=torch.zeros_like(batch.mask)))
     assert made.sampler.controller.entropy is None
 
 
@@ -594,6 +607,39 @@ def test_the_controller_sees_the_policy_s_rows_alone() -> None:
     again = with_sampler(recipe("aepo-arbitrary"), share=1.0)
     again.load_state_dict(state)
     assert again.sampler.controller == made.sampler.controller
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, None])
+def test_the_filter_of_dead_groups_spares_positives_and_the_controller(reward: float | None) -> None:
+    """`base: dapo` with a tempering sampler; without a reward given, that of the lab, where some groups are dead."""
+
+    class Flat(TableLab):
+        def reward(self, prompts, ids, mask):
+            return super().reward(prompts, ids, mask) if reward is None else torch.full((len(ids),), reward)
+
+    made = replace(
+        recipe("dapo"),
+        name="dapo-tempered",
+        sampler=TemperedSampler(samples=3, share=1.0, alpha=0.5),
+        rewards=(),
+        advantage=(*recipe("dapo").advantage, TemperedPositives()),
+    )
+    engine = LogitsEngine(Flat(), Table())
+    batch = made.sampler(engine, list(range(5)), Clock())
+    raw = engine.measure(batch, made.stats("rollout") | {Entropy("old"), Logp("old")})
+    batch = made.prepare(raw)
+    policy, tempered = of_part(batch, "policy"), of_part(batch, "tempered")
+    groups = policy.reward.view(5, 3)
+    dead = (groups == groups[:, :1]).all(1)
+    assert dead.all() == (reward is not None)
+    assert dead.any()
+    assert torch.equal(policy.mask.any(1), ~dead.repeat_interleave(3))
+    assert torch.equal(tempered.mask, of_part(raw, "tempered").mask)
+    _, gradient = loss_and_gradient(engine, made, batch, [torch.arange(len(batch))])
+    assert bool(gradient.any()) == (reward != 0)
+    made.observe(batch)
+    expected = rollout_metrics(raw, batch)["entropy/token/mean"]
+    assert made.sampler.controller.entropy == pytest.approx(expected, abs=1e-12)
 
 
 def test_tempered_rows_leave_the_policy_s_rows_as_they_were() -> None:

@@ -35,7 +35,7 @@ from uncollapse.policy.entropy_mechanism import entropy_change_first_order
 from uncollapse.policy.recipe import Recipe
 from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.samplers import PlainSampler
-from uncollapse.policy.stages.surrogates import PPOClip
+from uncollapse.policy.stages.surrogates import PPOClip, bounded_ratio
 from uncollapse.policy.stats import Logp
 
 F64 = torch.float64
@@ -462,6 +462,38 @@ def test_10_scale_and_order_leave_the_bounds(seed: int, scale: float, contributi
 
 
 # Beyond the numbered checks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dual", [None, 3.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ratios_that_overflow_give_finite_losses_and_gradients(sign: float, dual: float | None) -> None:
+    log_ratio = torch.tensor([[100.0, 89.0, 0.1, -0.5, -200.0]])
+    adv, mask = torch.full_like(log_ratio, sign), torch.ones_like(log_ratio, dtype=torch.bool)
+    plain = log_ratio.exp().requires_grad_()
+    assert plain.isinf().any()
+    loss = clipped_surrogate(plain, adv, mask, 0.6, 1.2, dual)
+    grad = torch.autograd.grad(loss, plain)[0]
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    assert (grad[0, :2] == 0).all()
+
+    leaf = log_ratio.clone().requires_grad_()
+    bounded = clipped_surrogate(bounded_ratio(leaf), adv, mask, 0.6, 1.2, dual)
+    torch.testing.assert_close(bounded, loss)
+    grad = torch.autograd.grad(bounded, leaf)[0]
+    assert grad.isfinite().all()
+    assert (grad[0, :2] == 0).all()
+    assert grad[0, 2] != 0
+
+    signs = adv * torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0])
+    for contribution in ("loss", "gradient"):
+        for high in (1.2, math.inf):
+            shares = [
+                positive_share(r, signs, mask, 0.6, high, contribution=contribution)
+                for r in (plain, bounded_ratio(log_ratio))
+            ]
+            assert 0 <= shares[0] <= 1
+            torch.testing.assert_close(*shares, rtol=1e-6, atol=0)
 
 
 @quick

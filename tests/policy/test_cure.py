@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lab import Table, TableLab, loss_and_gradient, moved_on, prepared
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.models import load
 from uncollapse.policy.batch import Batch, Clock
 from uncollapse.policy.cure import (
     CureSampler,
     FamilyAdvantage,
+    ModelWriter,
     TwoStageSampler,
     TwoStageSchedule,
     branch_prompts,
@@ -249,6 +251,30 @@ def test_3_special_and_short_tokens_are_never_critical():
     critical = batch.ids[parent].gather(1, cut[:, None])[:, 0]
     assert set(critical[cut > 0].tolist()) <= {1, 3, 4}
     assert (cut > 0).any()
+
+
+def test_3_a_vocabulary_of_single_characters_has_critical_tokens_on_request_and_a_warning_without():
+    decoded, special = ["<pad>", "<eos>", " ", "\n", "7", "+", "="], (0, 1)
+    with pytest.warns(UserWarning, match="none of 7 tokens has 2 characters.*set shortest to 1"):
+        assert not critical_tokens(decoded, special).any()
+    assert critical_tokens(decoded, special, 1).tolist() == [False] * 4 + [True] * 3
+    assert critical_tokens(decoded, special, 0).tolist() == [False] * 2 + [True] * 5
+    sampler = CureSampler(samples=16, k=2, shortest=1).for_vocabulary(decoded, special)
+    batch = sampler(LogitsEngine(TableLab(), Table(prompts=5)), list(range(5)), Clock())
+    cut, is_branch = batch.columns["cut"], batch.columns["branch"] > 0
+    assert (cut[is_branch] > 0).any()
+    parent = batch.group * 16 + batch.columns["family"]
+    critical = batch.ids[parent].gather(1, cut[:, None])[:, 0]
+    assert set(critical[cut > 0].tolist()) <= {4, 5, 6}
+    assert sampler.for_vocabulary(["xx"], ()) is sampler
+    with pytest.warns(UserWarning, match="every branch is a whole new answer"):
+        CureSampler().for_vocabulary(decoded, special)
+
+
+def test_3_special_ids_beyond_the_table_change_nothing_and_negative_ones_are_refused():
+    assert critical_tokens(["xx", "yy"], special=[1, 2, 99]).tolist() == [True, False]
+    with pytest.raises(DataError, match="-1 is no token id"):
+        critical_tokens(["xx", "yy"], special=[-1])
 
 
 def test_3_the_chosen_position_is_among_the_k_largest():
@@ -576,11 +602,33 @@ def test_rollouts_with_a_function_have_the_same_shape():
 def test_rollouts_keep_to_the_limit_of_prompts():
     for keep, expected in (("reject", [2, 4]), ("head", [3, 4])):
         world = Scripted()
-        sampler = CureSampler(samples=4, branches=1, k=1, keep=keep, prefix_limit=4)
-        group = sampler.rollout(world.generate, world.entropy, [[1, 2], [3]], max_prompt_len=5)
+        sampler = CureSampler(samples=4, branches=1, k=1, keep=keep, prefix_limit=4, max_prompt_len=5)
+        group = sampler.rollout(world.generate, world.entropy, [[1, 2], [3]])
         cuts = group.branch_pos.view(2, 4)[:, 2:]
         assert cuts.tolist() == [[e] * 2 for e in expected]
         assert max(map(len, world.asked[1])) <= 5
+
+
+@pytest.mark.parametrize(("keep", "cuts"), [("reject", {1, 2}), ("head", {1, 2})])
+def test_6_a_prompt_and_its_prefix_share_one_limit(keep, cuts):
+    sampler = CureSampler(k=20, max_prompt_len=7, keep=keep)
+    assert "prompt_length" in sampler.needs
+    assert "prompt_length" not in CureSampler().needs
+    mask = torch.ones(80, 6, dtype=torch.bool)
+    level = torch.rand(80, 6, generator=torch.Generator().manual_seed(0))
+    columns = {"ids": mask.long(), "prompt_length": torch.tensor([5, 3] * 40)}
+    batch = Batch(torch.arange(80), mask, columns, {Entropy("old"): level})
+    cut = sampler.cuts(batch)
+    assert set(cut[::2].tolist()) == cuts
+    assert set(cut[1::2].tolist()) == {1, 2, 3, 4}
+    lower = replace(sampler, prefix_limit=3).cuts(batch)
+    assert set(lower[1::2].tolist()) == {1, 2, 3}
+    with pytest.raises(DataError, match="a prompt has 9 tokens, more than max_prompt_len=7"):
+        sampler.cuts(batch.with_columns(prompt_length=torch.full((80,), 9)))
+    world = Scripted()
+    with pytest.raises(DataError, match="a prompt has 8 tokens"):
+        sampler.rollout(world.generate, world.entropy, [[1] * 8])
+    assert {"prompt_length", "fresh_prompts"} <= TwoStageSampler(max_prompt_len=7, rounds=2).needs
 
 
 def test_rollouts_without_branches_ask_once():
@@ -588,6 +636,83 @@ def test_rollouts_without_branches_ask_once():
     group = CureSampler(samples=2, branches=0).rollout(world.generate, world.entropy, [[1]])
     assert len(world.asked) == 1
     assert group.parent.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("generate", "entropy", "prompts", "message"),
+    [
+        (lambda rows: rows, lambda rows, _: torch.zeros(len(rows), 1), [], "there are no prompts"),
+        (lambda rows: rows[1:], lambda rows, _: torch.zeros(len(rows), 1), [[1]], "1 continuations of 2"),
+        (lambda rows: rows, lambda rows, _: torch.zeros(len(rows), 3), [[1]], r"shape \(2, 3\).*\(2, 1\)"),
+        (lambda rows: rows, lambda rows, _: torch.zeros(1, 1), [[1]], r"shape \(1, 1\).*\(2, 1\)"),
+    ],
+)
+def test_functions_that_do_not_fit_are_named(generate, entropy, prompts, message):
+    with pytest.raises(DataError, match=message):
+        CureSampler(samples=4, branches=1).rollout(generate, entropy, prompts)
+
+
+def test_rows_that_do_not_fit_their_padding_are_named():
+    with pytest.raises(DataError, match="longest row has 3 tokens, more than length=2"):
+        left_pad([[1], [1, 2, 3]], length=2)
+    with pytest.raises(DataError, match="no rows"):
+        left_pad([])
+
+
+# ---- a language model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = load("tiny")
+    return model.eval(), tokenizer
+
+
+def test_a_model_is_branched_where_it_is_undecided(tiny):
+    model, tokenizer = tiny
+    decoded = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    sampler = CureSampler(samples=8, k=2, shortest=1, temperature=0.7)
+    sampler = sampler.for_vocabulary(decoded, tokenizer.all_special_ids)
+    prompts = tokenizer(["12 + 30 =", "sum5=2:"])["input_ids"]
+    state = torch.get_rng_state()
+    groups = []
+    for _ in range(2):
+        writer = ModelWriter(model, tokenizer, max_new_tokens=9, temperature=0.7)
+        groups.append(
+            sampler.rollout(writer.generate, writer.entropy, prompts, pad_id=tokenizer.pad_token_id)
+        )
+    group = groups[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(group.response_ids, groups[1].response_ids)
+    assert (group.branch_pos > 0).any()
+    for row in (group.branch_pos > 0).nonzero()[:, 0].tolist():
+        parent, cut = int(group.parent[row]), int(group.branch_pos[row])
+        answer = group.response_ids[parent][group.response_mask[parent]].tolist()
+        asked = prompts[int(group.group_id[row])]
+        assert group.ids[row, -int(group.prompt_len[row]) :].tolist() == [*asked, *answer[:cut]]
+        logits = torch.stack(
+            [
+                model(torch.tensor([[*asked, *answer[:end]]])).logits[0, -1].detach()
+                for end in range(len(answer))
+            ]
+        )
+        expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+        torch.testing.assert_close(writer.entropy([asked], [answer])[0], expected, atol=1e-4, rtol=1e-4)
+        critical = [t for t in range(1, len(answer)) if sampler.token_ok[answer[t]]]
+        assert cut in sorted(critical, key=lambda t: -expected[t])[:2]
+    assert writer.entropy([[5]], [[]]).shape == (1, 0)
+
+
+def test_what_a_model_cannot_write_is_refused(tiny):
+    model, tokenizer = tiny
+    for options in ({"max_new_tokens": 0}, {"max_new_tokens": 4, "temperature": 0.0}):
+        with pytest.raises(ConfigError, match="max_new_tokens >= 1 and temperature > 0"):
+            ModelWriter(model, tokenizer, **options)
+    writer = ModelWriter(model, tokenizer, max_new_tokens=500)
+    with pytest.raises(DataError, match=r"20 tokens and 500 may follow.*room for 512.*max_prompt_len=12"):
+        writer.generate([[5] * 20])
+    with pytest.raises(DataError, match="a prompt has no token"):
+        writer.generate([[5], []])
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -603,6 +728,8 @@ def test_rollouts_without_branches_ask_once():
         ({"temperature": 0.0}, "temperature > 0"),
         ({"keep": "head"}, "give one"),
         ({"prefix_limit": -1}, "number of tokens"),
+        ({"shortest": -1}, "number of characters"),
+        ({"max_prompt_len": 0}, "1 or more"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options, message):

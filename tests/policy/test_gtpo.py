@@ -374,6 +374,17 @@ def test_groups_of_one_equal_rewards_single_tokens_and_empty_answers() -> None:
     assert metrics["entropy_filter/kept/frac"] == 0
 
 
+@pytest.mark.parametrize("start", [None, 5.0])
+def test_an_empty_answer_may_have_any_mean_entropy(start: float | None) -> None:
+    data = step(2)
+    data["mask"][4] = False
+    clean = gtpo_loss(**data, initial_entropy=start)
+    data["mean_entropy"][4] = math.nan  # 0 / 0, the mean over no token
+    dirty = gtpo_loss(**data, initial_entropy=start)
+    assert clean[0] == dirty[0]
+    assert clean[1] == dirty[1]
+
+
 def test_nan_in_padding_and_in_rewards_never_reaches_the_gradient() -> None:
     data = step(3)
     rewards = data["rewards"].clone()

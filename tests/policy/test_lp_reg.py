@@ -413,6 +413,37 @@ def test_bf16_is_reduced_in_float32() -> None:
     torch.testing.assert_close(low.double(), exact, rtol=1e-2, atol=1e-2)
 
 
+def test_divergences_of_half_precision_are_reduced_in_float32() -> None:
+    now = (2 * torch.randn(3, 50_000, generator=generator(0))).bfloat16()
+    log_q = min_p_proxy(now)[0].bfloat16()
+    kl = proxy_kl(now, log_q)
+    assert kl.dtype == torch.float32
+    torch.testing.assert_close(kl.double(), proxy_kl(now.double(), log_q.double()), rtol=1e-4, atol=1e-5)
+
+    logp, log_q = torch.tensor([[-0.53125]]).bfloat16(), torch.tensor([[-0.5]]).bfloat16()
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    _, metrics = lp_reg_loss(logp, logp, -mask.bfloat16(), mask, log_q, mask)
+    assert metrics["lp_reg/kl/mean"].item() == pytest.approx(math.exp(1 / 32) - 1 / 32 - 1, rel=1e-3)
+
+
+@pytest.mark.parametrize("cap_negative", [True, False])
+@pytest.mark.parametrize("size", [-1.0, 1.0])
+def test_ratios_beyond_any_float_keep_finite_gradients(size: float, cap_negative: bool) -> None:
+    logp = torch.tensor([[-1.0, -2.0, -1e-3]], requires_grad=True)
+    old_logp = torch.tensor([[-90.0, -2.5, -2e4]])
+    mask, advantage = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), size)
+    loss, _ = lp_reg_loss(logp, old_logp, advantage, mask, old_logp, ~mask, cap_negative=cap_negative)
+    pushed = gradient(loss, logp)[0]
+    assert torch.isfinite(loss)
+    assert torch.isfinite(pushed).all()
+    assert pushed[1] != 0
+    assert pushed[0] == pushed[2] == 0  # a constant beyond the cap
+
+    surrogate = LpReg(beta=0.0, cap_negative=cap_negative)
+    batch = Batch(torch.arange(1), mask, {"advantage": advantage, "old_logp": old_logp}, {Logp("now"): logp})
+    assert torch.isfinite(gradient(surrogate(batch, {}).sum(), logp)).all()
+
+
 @pytest.mark.parametrize(
     "options",
     [{"kl": "full"}, {"kl": "full", "logits": torch.zeros(2, 3), "only_below": True}],
@@ -657,6 +688,27 @@ def test_padding_may_hold_anything(seed: int, junk: float) -> None:
         selected = low_probability_mask(lp.detach(), a, mask, lq, 0.5, uniform=keys)
         loss, _ = lp_reg_loss(lp, op, a, mask, lq, selected)
         return loss.detach(), selected, gradient(loss, lp)
+
+    for clean, dirty in zip(run(None), run(junk), strict=True):
+        assert torch.equal(clean, dirty)
+
+
+@quick
+@given(seed=seeds, junk=st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_padding_may_hold_anything_for_the_full_divergence(seed: int, junk: float) -> None:
+    now, old, token, advantage, mask, keys = rollout(seed)
+    log_q = min_p_proxy(old, kappa=0.01)[0]
+    old_logp = at(old.log_softmax(-1), token)
+    selected = low_probability_mask(old_logp, advantage, mask, at(log_q, token), 0.5, uniform=keys)
+
+    def run(fill: float | None):
+        z, q = now.detach().clone(), log_q.clone()
+        if fill is not None:
+            z[~mask], q[~mask] = fill, fill
+        z.requires_grad_()
+        logp = torch.where(mask, at(now.detach().log_softmax(-1), token), 0.0)
+        loss, metrics = lp_reg_loss(logp, old_logp, advantage, mask, q, selected, kl="full", logits=z)
+        return loss.detach(), metrics["lp_reg/kl/mean"], gradient(loss, z)
 
     for clean, dirty in zip(run(None), run(junk), strict=True):
         assert torch.equal(clean, dirty)

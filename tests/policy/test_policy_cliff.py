@@ -36,6 +36,7 @@ from uncollapse.policy.policy_cliff import (
     value_bound,
     weight_bound,
 )
+from uncollapse.policy.policy_cliff.verdict import summarise
 
 seeds = st.integers(0, 10_000)
 quick = settings(max_examples=15, deadline=None)
@@ -543,6 +544,18 @@ def test_10_effective_reward(seed: int) -> None:
     )
 
 
+def test_10_a_reward_without_weight_takes_no_action_away() -> None:
+    rewards = np.array([[[1.0, 2.0], [3.0, 4.0]], [[-np.inf, 5.0], [6.0, -np.inf]]])
+    for k in range(2):
+        np.testing.assert_array_equal(effective_reward(rewards, np.eye(2)[k]), rewards[k])
+    mixed = effective_reward(rewards, np.array([[1.0, 0.0], [0.5, 0.5]]))
+    np.testing.assert_array_equal(mixed, [[1.0, 2.0], [4.5, -np.inf]])
+    both = np.array([[0.5, 0.5]] * 2), np.array([[0.25, 0.75]] * 2)
+    assert weight_bound(rewards, *both) == pytest.approx(0.75)
+    assert weight_bound(rewards, both[0], np.array([1.0, 0.0])) == math.inf
+    assert weight_bound(rewards, np.array([1.0, 0.0]), np.array([1.0, 0.0])) == 0.0
+
+
 def test_10_the_weight_bound_is_reached() -> None:
     rewards = np.array([[[0.0, 1.0]], [[5.0, 1.0]]])
     one, two = np.array([0.8, 0.2]), np.array([0.3, 0.7])
@@ -760,11 +773,12 @@ def test_15_the_audit_against_loops(seed: int, shift: float, alpha: float) -> No
     scores[0, 3:] = np.nan
     scores[1, :, 1] = np.nan
     scores[2, 1:] = np.nan
+    scores[3][rng.uniform(size=(7, 2)) < 0.5] = np.nan
     answer = rng.integers(0, 5, (6, 7))
     weights = [1.0, 0.25]
     found = audit_rewards(scores, weights, alpha, shift=shift, answer=answer)
     for i in range(6):
-        rows = [j for j in range(7) if not np.isnan(scores[i, j]).any()]
+        rows = [j for j in range(7) if not np.isnan(scores[i, j]).all()]
         names = sorted({int(answer[i, j]) for j in rows})
         groups = [[j for j in rows if answer[i, j] == name] for name in names]
         assert found.completions[i] == len(rows)
@@ -773,13 +787,14 @@ def test_15_the_audit_against_loops(seed: int, shift: float, alpha: float) -> No
             assert np.isnan([found.best[i], found.gap[i], found.soft_tv[i], found.expected[i]]).all()
             assert found.ties[i] == 0
             continue
-        each = np.array([scores[i, g].mean(0) for g in groups])
-        reward, base = each @ weights, np.array([float(len(g)) for g in groups])
+        reward = np.array([np.nansum(scores[i, g] * weights, 1).mean() for g in groups])
+        base = np.array([float(len(g)) for g in groups])
         assert found.best[i] == pytest.approx(reward.max())
         assert found.ties[i] == (reward > reward.max() - 1e-9).sum()
-        assert found.ties_by_reward[i].tolist() == [
-            int((each[:, k] > each[:, k].max() - 1e-9).sum()) for k in range(2)
-        ]
+        for k in range(2):
+            known = [[x for x in scores[i, g, k] if not np.isnan(x)] for g in groups]
+            each = np.array([np.mean(one) for one in known if one])
+            assert found.ties_by_reward[i, k] == (sum(each > each.max() - 1e-9) if len(each) else 0)
         law = base * np.exp((reward - reward.max()) / alpha)
         law /= law.sum()
         assert found.expected[i] == pytest.approx(law @ reward)
@@ -846,6 +861,81 @@ def test_15_known_numbers() -> None:
     assert likely.expected[0] == pytest.approx((law / law.sum()) @ scores[0, :, 0])
 
 
+def test_15_rounding_of_float32_decides_no_tie() -> None:
+    parts = np.array([[[0.7, 0.3], [1.0, 0.0], [0.1, 0.9]]], dtype=np.float32)
+    found = audit_rewards(parts)
+    assert found.ties.tolist() == [3]
+    assert found.tolerance.tolist() == [pytest.approx(1e-6)]
+    large = np.array([[[1000.3, -1000.0], [0.3, 0.0], [0.2, 0.0]]], dtype=np.float32)
+    found = audit_rewards(large)
+    assert found.ties.tolist() == [2]
+    assert found.tolerance[0] == pytest.approx(2000.3e-6, rel=1e-6)
+    assert audit_rewards(parts, tolerance=1e-9).ties.tolist() == [2]
+    loose = audit_rewards(np.array([[[1.0], [0.96], [0.9]], [[np.nan]] * 3]), tolerance=0.05)
+    assert loose.ties.tolist() == [2, 0]
+    np.testing.assert_array_equal(loose.tolerance, [0.05, np.nan])
+
+
+def test_15_at_the_boundary_an_answer_joins_the_best_and_does_not_take_over() -> None:
+    # a gap of 0.2, once as 0.3 - 0.1, which floats make smaller, and once as 0.2 - 0
+    for rewards, moved in (
+        ([0.3, 0.1], 1 / 2),
+        ([0.2, 0.0], 1 / 2),
+        ([0.2, 0.0, 0.0, -1.0], 2 / 3),
+        ([0.3, 0.3, 0.1], 1 / 2),  # breaking the tie moves as far
+        ([0.2, 0.2, 0.0, 0.0, 0.0], 3 / 5),
+        ([0.21, 0.0], 0.0),
+        ([0.19, 0.0], 1.0),
+        ([0.19, 0.19, 0.0], 1.0),
+    ):
+        found = audit_rewards(np.array(rewards)[None, :, None], shift=0.1)
+        assert found.hard_tv[0] == pytest.approx(moved, abs=1e-15)
+        unique = found.ties[0] == 1
+        assert summarise(found).flipped == int(unique and moved > 0)
+    still = audit_rewards(np.array([[[0.2], [0.0]], [[0.2], [0.2]]]), shift=0.0)
+    assert still.hard_tv.tolist() == [0.0, 0.0]
+
+
+@quick
+@given(seed=seeds, shift=st.sampled_from([0.125, 0.25, 0.375]))
+def test_15_the_hard_move_against_all_changes(seed: int, shift: float) -> None:
+    reward = np.random.default_rng(seed).integers(0, 4, 4) / 4
+    best = reward == reward.max()
+    worst = 0.0
+    for change in itertools.product((-shift, 0.0, shift), repeat=4):
+        now = reward + np.array(change)
+        moved = now == now.max()
+        worst = max(worst, 0.5 * np.abs(best / best.sum() - moved / moved.sum()).sum())
+    assert audit_rewards(reward[None, :, None], shift=shift).hard_tv[0] == pytest.approx(worst, abs=1e-12)
+
+
+def test_15_every_domain_has_rewards_of_its_own() -> None:
+    nan = np.nan
+    scores = np.array(
+        [[[1, nan], [1, nan], [0, nan]], [[nan, 0.5], [nan, 0.2], [nan, nan]], [[nan, nan]] * 3]
+    )
+    found = audit_rewards(scores, [1.0, 2.0])
+    assert found.completions.tolist() == [3, 2, 0]
+    assert found.ties.tolist() == [2, 1, 0]
+    assert found.ties_by_reward.tolist() == [[2, 0], [0, 1], [0, 0]]
+    np.testing.assert_allclose(found.best, [1.0, 1.0, nan])
+    np.testing.assert_allclose(found.gap, [0.0, 0.6, nan])
+
+
+def test_15_weights_of_each_prompt() -> None:
+    rng = np.random.default_rng(0)
+    scores, weights = rng.normal(size=(4, 5, 3)), rng.dirichlet(np.ones(3), 4)
+    found = audit_rewards(scores, weights)
+    for i in range(4):
+        alone = audit_rewards(scores[i : i + 1], weights[i])
+        assert found.ties_by_reward[i].tolist() == alone.ties_by_reward[0].tolist()
+        for name in ("best", "gap", "soft_tv", "expected"):
+            assert getattr(found, name)[i] == pytest.approx(getattr(alone, name)[0])
+    for wrong in (weights[:3], np.where(np.arange(4)[:, None] == 2, 0.0, weights)):
+        with pytest.raises(ConfigError, match="for each prompt"):
+            audit_rewards(scores, wrong)
+
+
 def test_15_one_huge_reward_ties_nothing_elsewhere() -> None:
     found = audit_rewards(np.array([[[1e12], [0.0]], [[0.2], [0.1]]]))
     assert found.ties.tolist() == [1, 1]
@@ -868,6 +958,8 @@ def test_15_empty_tables() -> None:
         ({"alpha": 0.0}, "temperature"),
         ({"shift": -1.0}, "shift"),
         ({"shift": math.nan}, "shift"),
+        ({"tolerance": -1.0}, "tolerance"),
+        ({"tolerance": math.inf}, "tolerance"),
         ({"weights": [1.0, 2.0]}, "do not fit"),
         ({"weights": [0.0]}, "not all 0"),
         ({"scores": np.full((1, 2, 1), np.inf)}, "infinite"),
@@ -885,3 +977,5 @@ def test_15_the_audit_refuses(change: dict, message: str) -> None:
 def test_15_prompt_numbers_fit() -> None:
     with pytest.raises(DataError, match="prompt numbers"):
         audit_completions(np.array([0, -1]), np.zeros((2, 1)))
+    with pytest.raises(DataError, match="number of them all"):
+        audit_completions(np.array([0, 2]), np.zeros((2, 1)), prompts=2)

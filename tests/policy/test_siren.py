@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -394,7 +395,9 @@ def test_10_the_multiplier_rises_exactly_below_the_anchor_and_stays_in_bounds() 
     assert (bonus.memory.value, bonus.memory.step, bonus.coefficient) == (2.0, 1, 0.0)
     history = [0.0]
     for step, entropy in enumerate([3.0, 1.0, 1.5, 2.0, 2.5, 9.0, 0.0, 0.0, 0.0]):
-        bonus.observe(seen(entropy, step))
+        told = pytest.warns(UserWarning, match="at its limit of 0.3") if step == 7 else nullcontext()
+        with told:
+            bonus.observe(seen(entropy, step))
         history.append(bonus.coefficient)
         assert (history[-1] > history[-2]) == (entropy < 2.0 and history[-2] < 0.3)
     assert history == pytest.approx([0, 0, 0.1, 0.15, 0.15, 0.1, 0, 0.2, 0.3, 0.3])
@@ -402,6 +405,79 @@ def test_10_the_multiplier_rises_exactly_below_the_anchor_and_stays_in_bounds() 
     other.load_state_dict(bonus.state_dict())
     assert other.decide(seen(1.0))["coefficient"] == pytest.approx(0.3)
     assert other.memory == bonus.memory
+    other.observe(seen(0.0, 9))  # still at its limit, but that was said
+
+
+# A target out of reach --------------------------------------------------------------------------------------------
+
+
+def watched(term: Siren, level: float) -> None:
+    """One rollout batch whose mean peak entropy is `level`."""
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    h = torch.full((2, 6), level / 2, dtype=F64)
+    h[:, 3] = level  # the one peak of each row
+    term.observe(Batch(torch.arange(2), mask, stats={s.by("now"): h for s in term.needs}, clock=Clock()))
+
+
+def pulled(term: Siren, mean: float) -> float:
+    """The gap that the term acts on when the step's mean is `mean`."""
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    h = torch.full((1, 6), mean, dtype=F64)
+    own = term.decide_rollout(Batch(torch.arange(1), mask, stats=dict.fromkeys(term.needs, h), clock=Clock()))
+    own = {"mean": torch.tensor(mean, dtype=F64), **own}
+    return float(term._gap({k: v.reshape(1, 1).to(F64) for k, v in own.items()}))
+
+
+def test_a_target_out_of_reach_is_given_up_with_a_warning_and_the_level_is_held() -> None:
+    term = Siren(p=1.0, target=50.0, patience=10)
+    levels = [2.5 - 1.0 * 0.6**step for step in range(40)]  # settles at 2.5 nats
+    for step, level in enumerate(levels):
+        expected = "target entropy of 50 nats is out of reach: 10 rollouts"
+        with pytest.warns(UserWarning, match=expected) if step == 9 else nullcontext():  # else an error
+            watched(term, level)
+    held = term.reach.held
+    assert held == pytest.approx(2.5, abs=0.1)
+    assert pulled(term, 3.0) == 0.0  # between the level and the target nothing pulls
+    assert pulled(term, 2.0) == pytest.approx(2.0 - held)
+    other = Siren(p=1.0, target=50.0, patience=10)
+    other.load_state_dict(term.state_dict())
+    assert other.reach == term.reach
+    watched(other, 51.0)  # it had it after all
+    assert pulled(other, 49.0) == pytest.approx(-1.0)
+    for _ in range(30):
+        watched(other, 3.0)
+    assert other.reach.held is None
+
+
+@pytest.mark.parametrize(
+    ("options", "levels"),
+    [
+        ({"target": 1.8}, [1.8, *([1.6] * 60)]),  # it had it: settling below is the usual balance
+        ({"target": 2.0}, [0.5 + 0.01 * step for step in range(60)]),  # slow, but on its way
+        ({"target": 50.0, "patience": 0}, [1.0] * 60),
+        ({}, [1.8, *([1.6] * 60)]),
+    ],
+)
+def test_a_target_that_was_had_or_comes_nearer_is_not_given_up(options: dict, levels: list[float]) -> None:
+    term = Siren(p=1.0, **options)
+    for level in levels:
+        watched(term, level)
+    assert pulled(term, 1.5) == pytest.approx(1.5 - options.get("target", 1.8))
+
+
+def test_without_a_target_the_band_has_no_width() -> None:
+    term = Siren(p=1.0)
+    watched(term, 1.8)
+    assert [pulled(term, mean) for mean in (1.0, 1.8, 2.5)] == pytest.approx([-0.8, 0.0, 0.7])
+
+
+def test_a_target_above_the_entropy_of_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the entropy over 100 tokens is at most 4\.605"):
+        Siren(target=5.0, top_k=100)
+    made = with_siren(Siren(target=5.0))
+    made.check_vocabulary(200)
+    with pytest.raises(ConfigError, match="target is 5 nats"):
+        made.check_vocabulary(100)
 
 
 # The stage --------------------------------------------------------------------------------------------------------
@@ -494,6 +570,18 @@ def test_rows_of_other_parts_enter_neither_anchor_nor_mean() -> None:
     expected = float(made.regularizers[0].term.aggregate(batch[part == 0]))
     assert made.regularizers[0].term.memory.value == pytest.approx(expected, abs=1e-14)
     assert mixed.columns["own/Siren/anchor"][part == 0] == pytest.approx(expected, abs=1e-14)
+
+
+def test_rows_that_a_filter_drops_do_not_enter_the_anchor() -> None:
+    made = replace(recipe("siren"), filters=recipe("dapo").filters)
+    _, batch = prepared(made)
+    reward = torch.where(batch.group == batch.group[0], 1.0, batch.reward)
+    batch = made.prepare(unprepared(batch).with_columns(reward=reward))
+    live = batch.mask.any(1)
+    assert 0 < int(live.sum()) < len(batch)
+    made.observe(batch)
+    expected = float(made.regularizers[0].term.aggregate(batch[live]))
+    assert made.regularizers[0].term.memory.value == pytest.approx(expected, abs=1e-14)
 
 
 def test_per_micro_batch_as_released() -> None:
@@ -624,6 +712,7 @@ def test_from_yaml() -> None:
         (lambda: Siren(top_k=0), "top_k is 0"),
         (lambda: Siren(target=-1.0), "target is -1"),
         (lambda: Siren(target=math.nan), "target is nan"),
+        (lambda: Siren(patience=1), "patience is 1"),
         (lambda: Siren(scope="rollout"), "scope 'rollout' would hold the mean"),
         (lambda: PeakEntropyBonus(p=2.0), "p is 2.0"),
         (lambda: LagrangianEntropy(rate=0.0), "needs rate > 0"),

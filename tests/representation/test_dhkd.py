@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.representation.dhkd import (
@@ -452,6 +453,23 @@ def test_the_optimiser_and_the_single_loss_hand_out_the_same_gradients(scope: An
     assert wrapper.dots.shape == (2,)
 
 
+@pytest.mark.parametrize("scope", ["shared", "all"])
+def test_parameters_that_are_not_aligned_get_the_plain_gradient(scope: Any) -> None:
+    conflicts = 0
+    for seed in range(6):
+        model = tower(seed)
+        x, t, y = batch(seed)
+        losses = DualHeadLoss().parts(model(x), t, y)
+        backbone, heads = list(model[0].parameters()), list(model[1].parameters())
+        expected = project_conflicting_gradients(losses, backbone, scope=scope, retain_graph=True)
+        conflicts += bool(expected.dots[1] < 0)
+        plain = torch.autograd.grad(losses.total, heads)
+        DualHeadLoss(align=backbone, scope=scope)(model(x), t, y).backward()
+        torch.testing.assert_close(tuple(p.grad for p in backbone), expected.total)
+        torch.testing.assert_close(tuple(p.grad for p in heads), plain)
+    assert conflicts  # else the plain sum would do
+
+
 def test_alignment_leaves_parameters_alone_that_no_loss_reaches() -> None:
     model = tower(6)
     unused, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
@@ -463,6 +481,28 @@ def test_alignment_leaves_parameters_alone_that_no_loss_reaches() -> None:
     wrapper.step()
     assert unused.grad is None
     assert torch.equal(unused, torch.ones(2))
+
+
+def test_gradients_share_no_storage_so_clipping_in_place_is_that_of_autograd() -> None:
+    a, b = (nn.Parameter(torch.zeros(3, 2, dtype=F64)) for _ in range(2))
+    expected = []
+    for align in (False, True):
+        losses = (3 * (a + b).sum(), (a - b).sum())
+        a.grad = b.grad = None
+        if align:
+            GradientAlignment(torch.optim.SGD([a, b])).backward(losses)
+            assert a.grad.data_ptr() != b.grad.data_ptr()
+            assert a.grad.is_contiguous()
+            assert b.grad.is_contiguous()
+        else:
+            sum(losses).backward()
+        nn.utils.clip_grad_norm_([a, b], 1.0, foreach=False)
+        expected.append((a.grad, b.grad))
+    torch.testing.assert_close(*expected)
+    a.grad = b.grad = None
+    GradientAlignment(torch.optim.SGD([a, b])).backward(((a + b).sum(),))
+    nn.utils.clip_grad_norm_([a, b], 1.0, foreach=False)
+    torch.testing.assert_close(a.grad, torch.full_like(a, 1 / math.sqrt(12)), rtol=1e-5, atol=0)
 
 
 def test_alignment_refuses_what_it_cannot_do() -> None:
@@ -506,6 +546,44 @@ def test_the_mlp_head_is_the_published_one() -> None:
 def test_masks_differ_from_call_to_call() -> None:
     drop = auxiliary_head(5, 4, "mlp").drop
     assert not torch.equal(drop(torch.ones(50)), drop(torch.ones(50)))
+
+
+def test_a_resumed_run_goes_on_with_the_masks_where_it_stopped() -> None:
+    one, x = auxiliary_head(6, 4, "mlp"), torch.ones(8, 6)
+    for _ in range(3):
+        one(x)
+    other = auxiliary_head(6, 4, "mlp")
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_pass_has_the_mask_of_its_first(reentrant: bool) -> None:
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        head = auxiliary_head(6, 4, "mlp").double()
+        inputs = [logits(seed, 8, 6) for seed in range(3)]
+        if checkpointed:
+            found = [checkpoint(head, x, use_reentrant=reentrant) for x in inputs]
+        else:
+            found = [head(x) for x in inputs]
+        for out in reversed(found):
+            out.square().sum().backward()
+        assert head.drop.calls == 3
+        return [t.grad for t in (*inputs, *head.parameters())]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=1e-12)
+
+
+def test_a_pass_that_repeats_none_is_refused() -> None:
+    head, calls = auxiliary_head(6, 4, "mlp").double(), 0
+
+    def changing(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return head(x * calls)
+
+    with pytest.raises(DataError, match="of no recent call; leave the head out"):
+        checkpoint(changing, logits(0, 8, 6), use_reentrant=False).sum().backward()
 
 
 def test_wrong_names_are_refused_with_those_that_there_are() -> None:

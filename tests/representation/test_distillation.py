@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -153,7 +155,70 @@ def test_refusals(call, error, message):
 
 
 def test_other_classes_are_refused():
-    from uncollapse.representation.distillation import _check
-
+    student, teacher, labels = problem()
     with pytest.raises(DataError, match=r"kd: .*\(6, 5\) and \(6, 4\)"):
-        _check(torch.zeros(6, 5), torch.zeros(6, 4), 1.0, "kd")
+        inspect.unwrap(kd_loss)(student, teacher[:, :4], labels)
+
+
+@pytest.mark.parametrize("which", LOSSES[2:])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_values_that_are_no_logits_are_refused(which, value, whose):
+    student, teacher, labels = problem()
+    (student if whose == "student" else teacher)[2, 1] = value
+    with pytest.raises(DataError, match=f"logits of the {whose} with NaN.*label -100"):
+        which(student, teacher, labels)
+    labels[2] = -100
+    assert which(student, teacher, labels).isfinite()
+
+
+def test_a_correlation_with_nan_is_nan():
+    assert pearson_correlation(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0])).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("which", LOSSES)
+def test_half_precision_is_worked_on_in_float32(which, dtype):
+    student, teacher = (5 * torch.randn(2, 40, 3000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    labels = torch.arange(40)
+    found = which(student.requires_grad_(), teacher, labels)
+    torch.testing.assert_close(found, which(student.float(), teacher.float(), labels))
+    found.backward()
+    assert student.grad.dtype == dtype
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("which", [kd_loss, logit_mse_loss])
+def test_classes_that_both_exclude_are_as_if_they_were_not_there(which):
+    student, teacher, labels = problem()
+    wider = [torch.cat([x, torch.full((6, 2), -torch.inf)], 1) for x in (student, teacher)]
+    wider[0].requires_grad_()
+    found = which(*wider, labels)
+    torch.testing.assert_close(found, which(student, teacher, labels))
+    found.backward()
+    (gradient,) = torch.autograd.grad(which(student.requires_grad_(), teacher, labels), student)
+    torch.testing.assert_close(wider[0].grad, F.pad(gradient, (0, 2)))
+    teacher[:, 0] = -10.0
+    student = student.detach().index_fill(1, torch.tensor([0]), -torch.inf)
+    with pytest.raises(DataError, match="exclude it from both"):
+        which(student, teacher, labels.clamp(min=1))
+
+
+def test_a_class_that_the_teacher_alone_excludes_has_no_weight_in_kd():
+    student, teacher, labels = problem()
+    teacher[:, 0] = -torch.inf
+    far = teacher.masked_fill(teacher == -torch.inf, -1e4)
+    torch.testing.assert_close(kd_loss(student, teacher, labels), kd_loss(student, far, labels))
+
+
+@pytest.mark.parametrize("which", LOSSES)
+def test_rows_without_a_label_count_in_no_part(which):
+    student, teacher, labels = problem()
+    keep = torch.arange(6) % 3 > 0
+    given = labels.masked_fill(~keep, -100)
+    found = which(student.requires_grad_(), teacher, given)
+    torch.testing.assert_close(found, which(student[keep], teacher[keep], labels[keep]))
+    nothing = which(student, teacher, torch.full_like(labels, -100))
+    assert nothing == 0
+    nothing.backward()
+    assert not student.grad.any()

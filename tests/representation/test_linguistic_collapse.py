@@ -398,6 +398,36 @@ def test_features_of_a_transformers_model_give_its_logits():
     assert report.samples == 18
 
 
+@pytest.fixture
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=29, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_left_padding_gives_the_features_of_right_padding_with_absolute_positions(gpt2):
+    ids = torch.randint(29, (3, 9), generator=torch.Generator().manual_seed(0))
+    lengths, place = torch.tensor([[9], [4], [6]]), torch.arange(9)
+    right = {"input_ids": ids, "attention_mask": (place < lengths).long()}
+    turned = (place + lengths) % 9
+    left = {"input_ids": ids.gather(1, turned), "attention_mask": (place >= 9 - lengths).long()}
+    (expected, after), (found, y) = collect_lm_features(gpt2, [right, left])
+    assert y.tolist() == after.tolist()
+    torch.testing.assert_close(found, expected)
+
+
+def test_other_inputs_of_the_model_reach_it(gpt2):
+    ids = torch.randint(29, (2, 5), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(5, 10)[None]
+    given = {"input_ids": ids, "position_ids": positions, "labels": ids, "length": torch.tensor([5, 5])}
+    (plain, _), (moved, _) = collect_lm_features(gpt2, [ids, given])
+    with torch.no_grad():
+        hidden = gpt2.transformer(input_ids=ids, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(moved, hidden[:, :-1].reshape(-1, 16))
+    assert not torch.equal(moved, plain)
+
+
 def test_what_cannot_be_collected():
     model = Bigram()
     with pytest.raises(DataError, match="missing"):

@@ -751,6 +751,40 @@ def test_reset_brings_back_weights_and_optimiser(kind: type[Tent]) -> None:
     assert torch.equal(episodic(batch(0)), first)
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Tent, SAR])
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(
+    kind: type[Tent], dtype: Any, tmp_path: Any
+) -> None:
+    adapted = kind(perceptron().to(dtype), lr=0.05)
+    source = weights(adapted)
+    for seed in range(4):
+        adapted(batch(seed).to(dtype))
+    torch.save(adapted.state_dict(), tmp_path / "state.pt")
+    # what is wrapped again has adapted weights already, as after a restart from a checkpoint of the model
+    resumed = kind(copy.deepcopy(adapted).release(), lr=0.05)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed in range(4, 7):
+        adapted(batch(seed).to(dtype))
+        resumed(batch(seed).to(dtype))
+    assert torch.equal(weights(resumed), weights(adapted))
+    if isinstance(adapted, SAR):
+        assert resumed.stats.moving_loss == adapted.stats.moving_loss
+    resumed.reset()
+    assert torch.equal(weights(resumed), source)
+    assert not momentum(resumed)
+    with pytest.raises(DataError, match=r"is of parameters 1\.weight.*the same options"):
+        kind(perceptron(), skip=["1"], skip_last=0.0).load_state_dict(adapted.state_dict())
+
+
+@pytest.mark.parametrize("compat", ["fixed", "official"])
+def test_a_reset_leaves_a_schedule_alone(compat: Any) -> None:
+    adapted = SAR(perceptron(), lr=1.0, compat=compat)
+    adapted.optimizer.param_groups[0]["lr"] = 0.1
+    adapted.reset()
+    assert adapted.optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_steps_repeat_the_update() -> None:
     twice, once = Tent(perceptron(), lr=0.05, steps=2), Tent(perceptron(), lr=0.05)
     once(batch(0))
@@ -798,6 +832,61 @@ def test_half_precision_measures_in_float32() -> None:
     adapted(batch(0).to(torch.bfloat16))
     assert adapted.stats.updates == 1
     assert 0 < adapted.stats.entropy < math.log(10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [Tent, SAR])
+def test_half_precision_follows_float32_at_a_small_rate(kind: type[Tent], dtype: torch.dtype) -> None:
+    half = perceptron().to(dtype)
+    single = copy.deepcopy(half).float()
+    made = kind(half, skip_last=0.0), kind(single, skip_last=0.0)
+    start = weights(made[1])
+    for seed in range(30):
+        x = batch(seed, 64).to(dtype)
+        made[0](x)
+        made[1](x.float())
+    moved, expected = (weights(one) - start for one in made)
+    assert (moved != 0).all()
+    assert float((moved - expected).norm() / expected.norm()) < 0.1
+    assert made[0].stats.updates == 30
+    made[0].reset()
+    assert torch.equal(weights(made[0]), start)
+    back = made[0].release()
+    assert {p.dtype for p in back.parameters()} == {dtype}
+    assert torch.equal(back(x), copy.deepcopy(back)(x))
+    assert back(x).dtype == dtype
+
+
+def test_half_precision_of_a_shared_layer_and_given_optimisers() -> None:
+    norm = nn.LayerNorm(5)
+    outer = nn.Sequential(norm, nn.Linear(5, 5), norm, nn.Linear(5, 3)).bfloat16()
+    outer[2] = nn.LayerNorm(5).bfloat16()
+    outer[2].weight = norm.weight
+    held = [norm.weight, outer[3].weight]
+    optimizer = torch.optim.SGD(held, lr=1e-2, momentum=0.9)
+    for p in held:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    adapted = Tent(outer, optimizer)
+    assert {state.dtype for state in momentum(adapted)} == {torch.float32}
+    before = weights(adapted)
+    assert adapted(batch(0).bfloat16()).dtype == torch.bfloat16
+    assert {p.dtype for p in held} == {torch.float32}
+    assert (weights(adapted) != before).all()
+    copy.deepcopy(adapted).release()
+    assert held[0].dtype == torch.float32
+    adapted.release()
+    assert {p.dtype for p in outer.parameters()} == {torch.bfloat16}
+    outer(batch(0).bfloat16())
+
+
+def test_sam_perturbs_in_half_precision_as_far_as_there_are_numbers() -> None:
+    p = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
+    sam = SAM(torch.optim.SGD([p], lr=0.1), rho=0.5)
+    p.grad = torch.full_like(p, 5000.0)  # whose norm is no number of float16
+    with sam.perturbed() as norm:
+        assert float(norm) == pytest.approx(5000 * math.sqrt(1000))
+        assert float(p.detach().float().norm()) == pytest.approx(0.5, rel=1e-2)
 
 
 def test_sam_trains_with_a_closure_and_saves_its_state() -> None:
@@ -855,6 +944,59 @@ def test_tokens_are_samples_and_padding_is_none() -> None:
         assert padded.stats.kept_twice == pytest.approx(flat.stats.kept_twice)
     assert 0 < flat.stats.kept < 1
     torch.testing.assert_close(weights(padded), weights(flat), rtol=0, atol=1e-12)
+
+
+def test_an_attention_mask_counts_by_position_as_by_name() -> None:
+    ids = torch.randint(30, (4, 9), generator=generator(0))
+    mask = (torch.arange(9) < torch.tensor([[9], [5], [1], [0]])).long()
+    by_name, by_place = SAR(Bigrams(), lr=0.05, skip_last=0.0), SAR(Bigrams(), lr=0.05, skip_last=0.0)
+    for _ in range(3):
+        by_name(input_ids=ids, attention_mask=mask)
+        by_place(ids, mask)
+    assert by_name.stats == by_place.stats
+    assert torch.equal(weights(by_name), weights(by_place))
+
+
+class Scaled(nn.Module):
+    """Logits in classes' units of their own: `scale` has an entry per feature, and may be as long as the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = perceptron()
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        assert len(scale) == x.shape[1]
+        return self.body(x * scale)
+
+
+def test_a_tensor_as_long_as_the_batch_need_not_have_rows() -> None:
+    x, scale = batch(0, rows=5), torch.linspace(1, 3, 5, dtype=F64)
+    guessed = SAR(Scaled(), lr=0.05)
+    with pytest.raises(AssertionError):
+        guessed(x, scale)  # some rows are not reliable
+    ends = []
+    for named, call in ((("x",), (x, scale)), ((), (x, scale))):
+        adapted = SAR(Scaled(), lr=0.05, row_wise=named)
+        adapted(*call)
+        adapted(x=call[0], scale=call[1])
+        assert 0 < adapted.stats.kept < 1
+        ends.append(weights(adapted))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+    with pytest.raises(DataError, match="'y', which is no tensor of 5 rows"):
+        SAR(Scaled(), row_wise=["y"])(x, scale)
+    with pytest.raises(ConfigError, match="a list of names"):
+        SAR(Scaled(), row_wise="x")
+
+
+@pytest.mark.parametrize("kind", [NoAdaptation, Tent, SAR])
+def test_an_empty_batch_changes_nothing(kind: type[Adaptation]) -> None:
+    adapted = kind(perceptron())
+    adapted(batch(0))
+    before, figures = copy.deepcopy(adapted.model.state_dict()), copy.copy(adapted.stats)
+    assert adapted(batch(0)[:0]).shape == (0, 10)
+    assert adapted.stats.updates == figures.updates
+    assert adapted.stats.entropy == figures.entropy
+    assert all(torch.equal(value, before[name]) for name, value in adapted.model.state_dict().items())
 
 
 def test_a_language_model_of_the_zoo() -> None:

@@ -19,6 +19,8 @@ from uncollapse.studies.bapo.experiment import (
     train,
     unequal,
 )
+from uncollapse.studies.claims import Verdict
+from uncollapse.studies.statistics import exact
 from uncollapse.studies.testbeds.modsum import ModSum
 from uncollapse.studies.testbeds.walk import Walk
 
@@ -101,6 +103,17 @@ def test_the_rule_holds_where_only_improbable_actions_are_set_free() -> None:
     found = clip_rule(7, 300)
     assert found["high/improbable"] == found["low/improbable"] == 1.0
     assert 0 < found["high/states"] < 1
+
+
+def test_the_entropy_of_grpo_is_compared_by_its_interval() -> None:
+    claim = next(one for one in STUDY.claims if one.id == "C-entropy-grpo")
+    name = "unequal/bapo-minus-on-policy/entropy-at-reward"
+    for low, value, high, verdict in (
+        (-0.160, -0.117, -0.073, Verdict.not_reproduced),
+        (-0.005, 0.025, 0.055, Verdict.inconclusive),
+        (0.0, 0.025, 0.05, Verdict.reproduced),
+    ):
+        assert claim.judge({name: replace(exact(value), low=low, high=high)}) is verdict
 
 
 def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from uncollapse.studies.testbeds.modsum import ModSum, ModSumLab, TablePolicy, e
 from uncollapse.studies.testbeds.opening import OpeningLab, opening_reward, state_values
 
 TASK = ModSum(prompts=3, length=3, vocab=4)
-TINY = Size(seeds=1, first=2, second=1, prompts=2, tokens=4, task=TASK, model="tiny")
+TINY = Size(seeds=1, first=2, second=1, prompts=2, tokens=4, task=TASK, model="tiny", shortest=1)
 
 
 def a_table(task: ModSum = TASK, seed: int = 0) -> torch.Tensor:
@@ -112,10 +112,12 @@ def test_entropy_at_a_reward_is_interpolated_where_the_reward_first_gets_there()
 
 
 def test_a_model_s_branches_continue_its_answers() -> None:
-    found = language.branch_a_model("tiny", prompts=3, tokens=12)
+    found = language.branch_a_model("tiny", prompts=3, tokens=12, shortest=1)
     assert (found["broken"], found["short"]) == (0, 0)
     assert found["rows"] == 2 * 3 * 8
     for row in found["prompts"]:
+        assert row["critical-cut"] > 0
+        assert row["random-cut"] > 0
         assert 1 <= row["critical-distinct"] <= 3
         assert 1 <= row["random-expected-distinct"] <= 3
 

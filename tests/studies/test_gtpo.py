@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uncollapse.policy.batch import Batch
-from uncollapse.policy.gtpo import LN2
+from uncollapse.policy.gtpo import LN2, EntropyFilter
 from uncollapse.policy.recipe import Recipe
 from uncollapse.studies.gtpo import STUDY, experiment
 from uncollapse.studies.gtpo.experiment import Size, _disfavoured_tags, arms, high_start, one_step, train
@@ -25,6 +25,13 @@ def test_arms_differ_by_the_stages_that_they_are_named_after() -> None:
     assert changed["no-gamma"] == {"advantage"}
     assert changed["grpo"] == {"advantage", "weights", "surrogate"}
     assert made["grpo"].advantage == made["no-gamma"].advantage
+
+
+def test_no_two_arms_share_what_they_remember() -> None:
+    filters = [
+        stage for made in arms().values() for stage in made.weights if isinstance(stage, EntropyFilter)
+    ]
+    assert len({id(stage) for stage in filters}) == len(filters) == 3
 
 
 def test_tags_that_are_looked_at() -> None:

@@ -32,6 +32,7 @@ def cliff(
     weights: Annotated[tuple[str, ...], _Pairs] = (),
     temperature: Annotated[float, Parameter(name=("--temperature", "--alpha"))] = 0.1,
     shift: float = 0.01,
+    tolerance: float | None = None,
     top: int = 10,
     enumerated: Annotated[bool, Parameter(negative="")] = False,
     map_: Annotated[tuple[str, ...], Parameter(name="--map", consume_multiple=True, negative="")] = (),
@@ -41,7 +42,8 @@ def cliff(
 
     Reads a table with one row per scored completion (CSV, TSV, JSONL, JSON, Parquet, or a directory of such files as TRL
     and verl write them): a prompt, a completion, one or more rewards. Also token dumps and run directories of ours. No
-    model is needed and nothing is trained; answers that were not sampled are not seen.
+    model is needed and nothing is trained; answers that were not sampled are not seen. A completion that has some of
+    several rewards counts with those that it has, as where each domain has its own.
 
     Examples: `uncollapse cliff completions.parquet`; `uncollapse cliff scored.jsonl --weights correct=1 format=0.1`;
     `uncollapse cliff runs/today/token-dump --shift 0.05 --temperature 0.01`.
@@ -57,6 +59,9 @@ def cliff(
         Of the regularised policy, in reward per nat: a KL or entropy coefficient.
     shift
         The reward change to guard against, in units of the weighted reward.
+    tolerance
+        Weighted rewards of a prompt that are closer than this are tied; by default a millionth of what is added up, and at
+        least 1e-6, since trainers keep rewards in float32.
     top
         Number of prompts to list, worst first.
     enumerated
@@ -71,7 +76,7 @@ def cliff(
     by_name = _weights(weights)
     scored = read_rewards(path, tuple(by_name), _names(map_))
     used = by_name or dict.fromkeys(scored.names, 1.0)
-    found, grid = _audits(scored, list(used.values()), temperature, shift, enumerated)
+    found, grid = _audits(scored, list(used.values()), temperature, shift, tolerance, enumerated)
     for line in scored.notes:
         note(f"{path}: {line}")
     if json_:
@@ -81,7 +86,12 @@ def cliff(
 
 
 def _audits(
-    scored: RewardTable, weights: Sequence[float], temperature: float, shift: float, enumerated: bool
+    scored: RewardTable,
+    weights: Sequence[float],
+    temperature: float,
+    shift: float,
+    tolerance: float | None,
+    enumerated: bool,
 ) -> tuple[RewardAudit, list[AuditSummary]]:
     """The audit at the temperature asked for, and summaries over the grid."""
     from uncollapse.policy.policy_cliff import audit_completions
@@ -102,6 +112,7 @@ def _audits(
             shift=shift,
             answer=scored.answer,
             base_logp=scored.logp if enumerated else None,
+            tolerance=tolerance,
             prompts=len(scored.prompts),
         )
 
@@ -123,10 +134,17 @@ def _print(
 
     here = next(one for one in grid if one.alpha == found.alpha)
     reward = " + ".join(name if w == 1 else f"{w:g} {name}" for name, w in weights.items())
-    rows, unscored = len(scored.prompt), scored.unscored
-    left_out = f", {unscored:,} without a score left out" if unscored else ""
-    say(f"{shown(scored.source, 200)}   {rows:,} completions of {here.prompts:,} prompts{left_out}")
+    said = f"{len(scored.prompt):,} completions of {here.prompts:,} prompts"
+    if scored.unscored:
+        said += f", {scored.unscored:,} without a score left out"
+    if scored.partly_scored:
+        said += f", {scored.partly_scored:,} with a reward missing: what they have is added up"
+    say(f"{shown(scored.source, 200)}   {said}")
     say(f"reward: {shown(reward, 200)}")
+    if here.comparable:
+        least, most = here.tolerance
+        grows = f" to {most:.3g}, where rewards are large" if most > least else ""
+        say(f"tied: answers of a prompt whose rewards are within {least:.3g}{grows}")
     say("")
     say(verdict(here))
     if not here.comparable:
@@ -137,9 +155,8 @@ def _print(
         ["temperature", "moved: mean", "worst", "at most", "reward given up", "entropy (nats)"],
         [_temperature(None, here), *(_temperature(one.alpha, one) for one in grid)],
     )
-    worst = found.worst_first()
-    worst = worst[found.comparable[worst]][:top]
-    if len(worst):
+    worst = _worst(found, top)
+    if worst:
         say("")
         table(
             ["best answers", "flips at", "hard moves", f"at {found.alpha:g}", "prompt"],
@@ -155,6 +172,12 @@ def _print(
             ],
             title="Worst prompts first",
         )
+
+
+def _worst(found: RewardAudit, top: int) -> list[int]:
+    """The prompts to list; of one with a single answer there is nothing to say."""
+    order = found.worst_first()
+    return [int(i) for i in order[found.comparable[order]][:top]]
 
 
 def _temperature(alpha: float | None, one: AuditSummary) -> list[str]:
@@ -182,6 +205,9 @@ def _record(
         "source": scored.source,
         "weights": dict(weights),
         "notes": scored.notes,
+        "completions": len(scored.prompt),
+        "unscored": scored.unscored,
+        "partly_scored": scored.partly_scored,
         "verdict": verdict(here),
         "summary": asdict(here),
         "temperatures": [asdict(one) for one in grid],
@@ -192,6 +218,7 @@ def _record(
                 "answers": int(found.answers[i]),
                 "ties": int(found.ties[i]),
                 "ties_by_reward": dict(zip(scored.names, found.ties_by_reward[i].tolist(), strict=True)),
+                "tolerance": float(found.tolerance[i]),
                 "best": float(found.best[i]),
                 "gap": float(found.gap[i]),
                 "flip": float(found.flip[i]),
@@ -202,7 +229,7 @@ def _record(
                 "expected": float(found.expected[i]),
                 "entropy": float(found.entropy[i]),
             }
-            for i in found.worst_first()[:top]
+            for i in _worst(found, top)
         ],
     }
 
@@ -211,7 +238,7 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

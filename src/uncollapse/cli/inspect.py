@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from uncollapse.cli.output import as_json, note, say, table
 from uncollapse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from uncollapse.inspection import Inspection
 
 _COLUMNS = ("text", "prompt", "content", "question", "sentence")
@@ -38,7 +42,7 @@ def inspect(
 ) -> None:
     """Look into a model: attention entropy per head, spread of features, neural collapse at the head, spectra of weights.
 
-    Works for any causal language model or text classifier of Hugging Face, with eager, SDPA or flash attention: entropies are
+    Works for causal and masked language models and text classifiers of Hugging Face, with eager, SDPA or flash attention: entropies are
     recomputed from queries and keys, a few rows at a time. From Python, for any torch model: `with uncollapse.watch(model):`.
 
     Examples: `uncollapse inspect smollm2-135m --html page.html`; `uncollapse inspect ./checkpoint-500 --data corpus.jsonl`;
@@ -99,7 +103,7 @@ def inspect(
                 "schema": 1,
                 "model": model,
                 "data": source,
-                "scalars": _finite(found),
+                **_tables(found),
                 "absent": dict(found.absent),
             }
         )
@@ -112,16 +116,15 @@ def inspect(
 
 
 def _load(model: str, attention: str | None) -> tuple[Any, Any, bool]:
-    from uncollapse.models import is_classifier, load, load_classifier
+    from uncollapse.models import load_as_saved
 
-    classifies = is_classifier(model)
-    loaded, tokenizer = load_classifier(model) if classifies else load(model)
+    loaded, tokenizer = load_as_saved(model)
     if attention is not None:
         try:
             loaded.set_attn_implementation(attention)
         except (ImportError, ValueError, KeyError) as error:
             raise ConfigError(f"--attention {attention}: {' '.join(str(error).split())[:160]}") from error
-    return loaded, tokenizer, classifies
+    return loaded, tokenizer, type(loaded).__name__.endswith("ForSequenceClassification")
 
 
 def _plain(data: str | None, column: str | None) -> tuple[list[str], str]:
@@ -222,5 +225,24 @@ def _print_layers(found: Inspection) -> None:
     table(["layer", "entropy / uniform", "lowest head", "first key", "logit norm", "heads"], rows)
 
 
-def _finite(found: Inspection) -> dict[str, float | None]:
-    return {name: value if value == value else None for name, value in found.scalars(by_layer=True).items()}
+def _tables(found: Inspection) -> dict[str, Any]:
+    """Scalars, heads and logit norms by layer, and weights; null where a number is not defined."""
+    return {
+        "scalars": {name: _defined(value) for name, value in found.scalars(by_layer=True).items()},
+        "heads": {
+            layer: {one.name: _list(getattr(heads, one.name)) for one in fields(heads)}
+            for layer, heads in found.heads.items()
+        },
+        "logit_norms": {layer: _list(norms) for layer, norms in found.logit_norms.items()},
+        "weights": [
+            {name: _defined(value) for name, value in asdict(weight).items()} for weight in found.weights
+        ],
+    }
+
+
+def _list(values: Tensor) -> list[Any]:
+    return [_defined(value) for value in values.tolist()]
+
+
+def _defined(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

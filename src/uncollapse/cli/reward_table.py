@@ -52,8 +52,13 @@ class RewardTable:
 
     @property
     def unscored(self) -> int:
-        """Completions with a reward missing."""
-        return int(np.isnan(self.rewards).any(1).sum())
+        """Completions without any reward."""
+        return int(np.isnan(self.rewards).all(1).sum())
+
+    @property
+    def partly_scored(self) -> int:
+        """Completions with some rewards and some missing, as where each domain has rewards of its own."""
+        return int(np.isnan(self.rewards).any(1).sum()) - self.unscored
 
 
 def read_rewards(
@@ -178,11 +183,15 @@ class _Rows:
         rewards = np.array(self.rewards, dtype=np.float64).reshape(-1, len(self.names))
         if not len(rewards):
             raise DataError(f"{self.source} holds no row that can be read")
-        for name, column in zip(self.names, rewards.T, strict=True):
-            if np.isnan(column).all():
-                raise DataError(f"{self.source}: the column {name!r} holds no number in {len(column):,} rows")
+        empty = [name for name, column in zip(self.names, rewards.T, strict=True) if np.isnan(column).all()]
+        if len(empty) == len(self.names):
+            raise DataError(
+                f"{self.source}: the column {empty[0]!r} holds no number in {len(rewards):,} rows; "
+                "choose others with --weights NAME=1"
+            )
+        self.notes.extend(f"the column {shown(name, 60)!r} holds no number" for name in empty)
         logp = np.array(self.logp) if self.logp and len(self.logp) == len(rewards) else None
-        if logp is not None and not np.isfinite(logp[~np.isnan(rewards).any(1)]).all():
+        if logp is not None and not np.isfinite(logp[~np.isnan(rewards).all(1)]).all():
             logp = None
             self.notes.append("the log-probabilities are not all finite and were left out")
         if len(self.answer) != len(rewards):
@@ -192,7 +201,7 @@ class _Rows:
         if self.not_numbers:
             self.notes.append(
                 f"{self.not_numbers:,} reward{'s' * (self.not_numbers > 1)} could not be read as a number; "
-                "their completions count as unscored"
+                "they count as missing"
             )
         return RewardTable(
             source=self.source,

@@ -3,6 +3,7 @@
 `watch(model)` gathers everything; the modules beneath have its parts.
 """
 
-from uncollapse.inspection.watcher import Inspection, Watcher, watch
+from uncollapse.inspection.result import Inspection
+from uncollapse.inspection.watcher import Watcher, watch
 
 __all__ = ["Inspection", "Watcher", "watch"]

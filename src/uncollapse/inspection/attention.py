@@ -11,7 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
+from uncollapse.inspection.arguments import arguments_of, real_tokens
 from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, KeyMasks, attention_calls
+from uncollapse.inspection.nested import padded_layers
 from uncollapse.measure.attention import AttentionRows
 
 COLLAPSED = 0.05
@@ -127,6 +129,11 @@ class AttentionTally:
             )
         return found
 
+    @property
+    def nonfinite(self) -> int:
+        """Rows of all heads that contain NaN or inf."""
+        return int(sum(float(sums[-1].sum()) for sums in self._sums.values()))
+
     def clear(self) -> None:
         """Forget what was counted."""
         self._sums.clear()
@@ -160,17 +167,16 @@ def counted_attention(model: nn.Module, tally: AttentionTally) -> Iterator[Paddi
 
 
 class PaddingMask:
-    """Which tokens of the forward pass are none, from the argument `attention_mask` of the model."""
+    """Which tokens of the forward pass are none, from the arguments of the model (`real_tokens`)."""
 
     def __init__(self) -> None:
         self.tokens: Bool[Tensor, "batch token"] | None = None
         self.passes = 0
 
-    def read(self, kwargs: Mapping[str, object]) -> None:
+    def read(self, arguments: Mapping[str, object]) -> None:
         """Take the mask of a call, if it has one of two axes."""
         self.passes += 1
-        mask = kwargs.get("attention_mask")
-        self.tokens = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.tokens = real_tokens(arguments)
 
     def queries(self, query: Float[Tensor, "batch head query feature"]) -> Bool[Tensor, "batch query"] | None:
         """The mask of these queries: the last ones of the tokens, or None if it is of another shape."""
@@ -185,10 +191,11 @@ def padding_of(model: nn.Module) -> Iterator[PaddingMask]:
     """The padding mask of whichever forward pass of `model` is running within the context."""
     padding = PaddingMask()
     handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: padding.read(kwargs), with_kwargs=True
+        lambda module, args, kwargs: padding.read(arguments_of(module, args, kwargs)), with_kwargs=True
     )
     try:
-        yield padding
+        with padded_layers(model):
+            yield padding
     finally:
         handle.remove()
 

@@ -1,4 +1,4 @@
-"""Features of a running model: what its head reads, with the classes they belong to, and the spread of every block."""
+"""Where the head and the blocks of a model are, and the spread of what every block gives out."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.attention import padding_of
 from uncollapse.inspection.attention_calls import recomputing
+from uncollapse.inspection.finite import finite_rows
 from uncollapse.measure.spectra import SecondMoment, effective_rank, participation_ratio
-
-Classes = Int[Tensor, "*row"]
 
 
 def head_of(model: nn.Module) -> nn.Module:
     """The layer that turns features into logits: the output embeddings, a classifier by name, or the last linear layer.
+
+    A linear layer inside one of a stack of equal blocks is none: the last one of those is what remains where the head is a
+    function, such as a product with the token embedding.
 
     Raises:
         ConfigError: none of them is there.
@@ -31,15 +33,31 @@ def head_of(model: nn.Module) -> nn.Module:
         found = getattr(model, name, None)
         if head is None and isinstance(found, nn.Linear):
             head = found
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    inner = _inside_blocks(model)
+    linear = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inner
+    ]
     if head is None and linear:
         head = linear[-1]
     if head is None:
         raise ConfigError(
             f"{type(model).__name__} has no head that can be found; looked for get_output_embeddings(), a linear layer named "
-            "classifier, score, fc or head, and the last torch.nn.Linear; pass head="
+            "classifier, score, fc or head, and the last torch.nn.Linear outside of its blocks; pass head="
         )
     return head
+
+
+def _inside_blocks(model: nn.Module) -> set[int]:
+    """Ids of the modules inside stacks of blocks of one class; plain containers of this and that are no stack."""
+    inside: set[int] = set()
+    for stack in model.modules():
+        if not isinstance(stack, (nn.ModuleList, nn.Sequential)):
+            continue
+        kinds = {type(block) for block in stack}
+        alone = isinstance(stack, nn.Sequential) and len(stack) < 2
+        if len(kinds) == 1 and kinds.isdisjoint({nn.Sequential, nn.ModuleList}) and not alone:
+            inside.update(id(module) for block in stack for module in block.modules() if module is not block)
+    return inside
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -53,62 +71,6 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
         return {}
     name, longest = max(lists, key=lambda pair: len(pair[1]))
     return {f"{name}.{index}" if name else str(index): block for index, block in enumerate(longest)}
-
-
-@contextmanager
-def head_inputs(
-    model: nn.Module,
-    seen: Callable[[Float[Tensor, "row feature"], Int[Tensor, " row"]], Any],
-    *,
-    classes: Callable[[], Classes | None] | None = None,
-    head: nn.Module | None = None,
-) -> Iterator[None]:
-    """Within the context, call `seen` with the features that the head reads and their classes, for every forward pass.
-
-    Of a causal language model (features of as many tokens as `input_ids`), the class of a feature is the next token; the
-    last position and padding are left out. Otherwise classes are what `classes()` gives, or the argument `labels`;
-    negative ones (-100) are left out, and without any nothing is seen.
-    """
-    head = head_of(model) if head is None else head
-    given: dict[str, Tensor | None] = {"ids": None, "labels": None}
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        given["ids"] = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-        labels = kwargs.get("labels")
-        given["labels"] = labels if isinstance(labels, Tensor) else None
-
-    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if recomputing():
-            return
-        features = args[0].detach()
-        named = classes() if classes is not None else None
-        pair = _pair(features, named, given["ids"], given["labels"], padding.tokens)
-        if pair is not None:
-            seen(*pair)
-
-    with padding_of(model) as padding, ExitStack() as stack:
-        for handle in (
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            head.register_forward_pre_hook(read),
-        ):
-            stack.callback(handle.remove)
-        yield
-
-
-def _pair(
-    features: Tensor, named: Tensor | None, ids: Tensor | None, labels: Tensor | None, tokens: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    if named is not None or ids is None or features.shape[:-1] != ids.shape or features.ndim != 3:
-        found = named if named is not None else labels
-        if found is None or found.shape != features.shape[:-1] or found.is_floating_point():
-            return None
-        kept = found >= 0
-        return features[kept], found[kept].to(features.device)
-    kept = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-    if tokens is not None and tokens.shape == ids.shape:
-        kept = tokens[:, 1:] & tokens[:, :-1]
-    return features[:, :-1][kept], ids[:, 1:][kept]
 
 
 @dataclass(frozen=True)
@@ -129,15 +91,28 @@ class FeatureSpread:
 
 
 class SpreadTally:
-    """Second moments of the outputs of blocks, streamed; holds one width x width matrix a block."""
+    """Second moments of the outputs of blocks, streamed; holds one width x width matrix a block.
+
+    Attributes:
+        left_out: rows that contained NaN or inf.
+        uneven: blocks whose width changed from pass to pass; those of another width than the first are not counted.
+    """
 
     def __init__(self) -> None:
         self._moments: dict[str, SecondMoment] = {}
+        self.left_out = 0
+        self.uneven: set[str] = set()
 
     def add(self, name: str, features: Float[Tensor, "row feature"]) -> None:
-        """Take rows of features of one block."""
+        """Take rows of features of one block; never raises."""
         moment = self._moments.get(name) or SecondMoment.empty(features.shape[-1], features.device)
-        self._moments[name] = moment.add(features)
+        if features.shape[-1] != len(moment.mean):
+            self.uneven.add(name)
+            return
+        kept = finite_rows(features)
+        bad = int((~kept).sum())
+        self.left_out += bad
+        self._moments[name] = moment.add(features[kept] if bad else features)
 
     @property
     def blocks(self) -> dict[str, FeatureSpread]:
@@ -153,6 +128,8 @@ class SpreadTally:
     def clear(self) -> None:
         """Forget what was seen."""
         self._moments.clear()
+        self.left_out = 0
+        self.uneven.clear()
 
 
 @contextmanager
@@ -161,11 +138,20 @@ def block_outputs(
 ) -> Iterator[None]:
     """Within the context, call `seen` with the output of every block, as rows; padding tokens are left out."""
 
-    def reading(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def reading(name: str, block: nn.Module) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        time_first = any(
+            isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in block.modules()
+        )
+
         def read(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if recomputing() or not isinstance(hidden, Tensor) or not hidden.is_floating_point():
                 return
+            if hidden.is_nested:  # without padding already
+                seen(name, torch.cat(hidden.detach().unbind()))
+                return
+            if time_first and hidden.ndim == 3:
+                hidden = hidden.transpose(0, 1)
             if hidden.ndim == 4:  # images: one vector a pixel
                 hidden = hidden.movedim(1, -1)
             hidden = hidden.detach()
@@ -179,5 +165,5 @@ def block_outputs(
 
     with padding_of(model) as padding, ExitStack() as stack:
         for name, block in blocks_of(model).items():
-            stack.callback(block.register_forward_hook(reading(name)).remove)
+            stack.callback(block.register_forward_hook(reading(name, block)).remove)
         yield

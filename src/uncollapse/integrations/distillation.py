@@ -42,6 +42,8 @@ class DistillationTrainer(Trainer):
         teacher: gets the same columns as the student, in evaluation mode and without gradient. None: the batches bring
             `teacher_logits` of the student's shape. It is no part of the checkpoints.
         loss: any such function or module; the losses of `uncollapse.representation` are some.
+        causal: whether labels are shifted to the token before. None: for models whose class, or one that it derives from, is a
+            causal language model of Transformers.
         args: positional and keyword arguments of `Trainer`.
 
     Raises:
@@ -57,6 +59,7 @@ class DistillationTrainer(Trainer):
         *args: Any,
         teacher: nn.Module | None,
         loss: Callable[[Any, Tensor, Tensor], Tensor],
+        causal: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -68,7 +71,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # else Trainer takes the loss for a sum over the whole step
         self.label_names = self.label_names or [LABELS]  # forward of a plain module names none
         self.distillation_loss = loss
-        self.causal = _base(self.model)._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self.causal = _is_causal(_base(self.model)) if causal is None else causal
         self.teacher = teacher
         if teacher is not None:
             self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
@@ -88,7 +91,9 @@ class DistillationTrainer(Trainer):
         student = logits_of(output)
         heads = output if hasattr(output, "_fields") else student
         rows = labelled_rows(heads, self._teach(given, inputs), inputs[LABELS], causal=self.causal)
-        loss = self.distillation_loss(*rows) if len(rows[2]) else student.sum() * 0
+        loss = (
+            self.distillation_loss(*rows) if len(rows[2]) else student[..., :0].sum()
+        )  # -inf times 0 is NaN
         return (loss, {"loss": loss, "logits": student}) if return_outputs else loss
 
     def _teach(self, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
@@ -150,6 +155,11 @@ def labelled_rows(
     counted = labels != IGNORED
     kept = [head[counted] for head in heads]
     return type(student)(*kept) if isinstance(student, tuple) else kept[0], teacher[counted], labels[counted]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(kind.__name__ in known for kind in type(model).__mro__)
 
 
 def _base(model: Any) -> nn.Module:

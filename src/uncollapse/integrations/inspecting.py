@@ -14,7 +14,7 @@ from uncollapse.inspection import Inspection, watch
 from uncollapse.integrations.evaluation import evaluating
 
 Progress = Callable[[int, int], None]
-"""Called with tokens or texts done and in total."""
+"""Called with tokens or texts done and in total, over all passes."""
 
 
 @torch.no_grad()
@@ -29,7 +29,9 @@ def inspect_text(
     weights: bool = True,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Watch a language model read `tokens` tokens of the texts, joined and cut into rows of `length`; no padding.
+    """Watch a model read `tokens` tokens of the texts, joined and cut into rows of `length`; no padding.
+
+    Classes are the next tokens of a causal language model; any other model has none here.
 
     Raises:
         ConfigError: a number below its least.
@@ -60,7 +62,7 @@ def inspect_labelled(
     weights: bool = True,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Watch a text classifier read labelled texts, cut to `length` tokens and padded within a batch.
+    """Watch a text classifier read labelled texts, cut to `length` tokens and padded within a batch, and once more for NC4.
 
     Raises:
         DataError: no texts, or not one label for each.
@@ -70,13 +72,22 @@ def inspect_labelled(
             f"inspect: {len(texts)} texts and {len(labels)} labels; a classifier needs one label a text"
         )
     classes = torch.empty(0, dtype=torch.long)
-    with evaluating(model), watch(model, classes=lambda: classes) as seen:
+    passes = 2  # NC4 needs the class means
+
+    def read(before: int) -> None:
+        nonlocal classes
         for start in range(0, len(texts), batch):
             some, classes = list(texts[start : start + batch]), torch.tensor(labels[start : start + batch])
             inputs = tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=length)
             model(**inputs.to(_device(model)))
             if progress is not None:
-                progress(start + len(some), len(texts))
+                progress(before + start + len(some), passes * len(texts))
+
+    with evaluating(model):
+        with watch(model, classes=lambda: classes) as seen:
+            read(0)
+        with seen.deciding():
+            read(len(texts))
     return seen.result(weights=weights)
 
 

@@ -7,7 +7,7 @@ from uncollapse.policy.stats import Entropy, Logp, Measured
 
 _SINGLE_TURN = frozenset({"reward", "group", "ids", "length", "finished", "token_limit"})
 
-TRL: frozenset[str | type[Stat]] = _SINGLE_TURN | {"fresh_prompts", Measured}
+TRL: frozenset[str | type[Stat]] = _SINGLE_TURN | {"fresh_prompts", "prompt_length", Measured}
 """All columns of single-turn data and every statistic of one policy; two policies' logits at once it cannot hold."""
 
 VERL_TRAINER: frozenset[str | type[Stat]] = _SINGLE_TURN | {Logp, Entropy}

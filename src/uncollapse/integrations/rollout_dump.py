@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from uncollapse.policy.batch import Batch
+from uncollapse.policy.batch import PARTS, Batch
 from uncollapse.policy.stats import Entropy, Logp
 from uncollapse.token_dump import TokenDump
 
@@ -40,7 +40,7 @@ class RolloutDump:
         self._weight[rows] = micro.columns.get("weight", micro.mask).to(self._weight.dtype) * micro.mask
 
     def write(self, rollout: Batch) -> None:
-        """Write the rollout after its updates; rows are complete only when all processes have called this."""
+        """Write the rollout after its updates, without idle rows; it is complete when all processes have called this."""
         if self._logp is None or self._weight is None:
             return
         reduce = self.accelerator.reduce
@@ -48,23 +48,23 @@ class RolloutDump:
         self._logp = self._weight = None
         if not self.accelerator.is_main_process:
             return
-        ids = rollout.columns["ids"]
+        taken = rollout.of_parts(*PARTS.keys() - {"idle"})
+        ids = taken.columns["ids"]
         self.dump.write(
-            rollout.clock.step,
-            uid=rollout.uid,
-            group=rollout.group,
+            taken.clock.step,
+            uid=taken.uid,
+            group=taken.group,
             token=ids,
             text=[[self._text(token) for token in row] for row in ids.tolist()],
-            logp=logp.masked_fill(
-                ~rollout.mask, torch.nan
-            ),  # tokens that the loss left out were not measured again
-            old_logp=rollout.stats[Logp("old")],
-            entropy=rollout.stats[Entropy("old")],
-            advantage=rollout.advantage,
-            weight=weight,
-            mask=rollout.mask,
-            reward=rollout.reward,
-            length=rollout.columns["length"],
+            # Tokens that the loss left out were not measured again.
+            logp=logp[taken.uid].masked_fill(~taken.mask, torch.nan),
+            old_logp=taken.stats[Logp("old")],
+            entropy=taken.stats[Entropy("old")],
+            advantage=taken.advantage,
+            weight=weight[taken.uid],
+            mask=taken.mask,
+            reward=taken.reward,
+            length=taken.columns["length"],
         )
 
     def _text(self, token: int) -> str:

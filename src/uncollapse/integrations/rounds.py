@@ -150,14 +150,14 @@ def shuffled_groups(rollout: Batch, rows: Int[Tensor, " row"], chunks: int) -> I
 
 
 def with_idle_rows(batch: Batch, count: int) -> Batch:
-    """The batch with `count` rows more that take no part in anything: no token, no weight, a group of their own each."""
+    """The batch with `count` rows more of part `idle`: no token, no weight, a group of their own each."""
     idle = batch[torch.zeros(count, dtype=torch.long, device=batch.mask.device)]
     fresh = int(batch.group.max()) + 1 + torch.arange(count, device=batch.group.device)
     columns = {
         "group": fresh,
         "reward": torch.zeros_like(idle.reward),
         "scale": torch.zeros_like(idle.columns["scale"]),
-        "part": torch.full_like(idle.columns["part"], PARTS["tempered"]),
+        "part": torch.full_like(idle.columns["part"], PARTS["idle"]),
     }
     return join([batch, replace(idle, mask=torch.zeros_like(idle.mask)).with_columns(**columns)])
 

@@ -32,7 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict, use_adapter
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.integrations import offers
 from uncollapse.integrations.responses import response_columns
 from uncollapse.integrations.rollout_dump import RolloutDump
@@ -105,6 +105,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         super().__init__(model, reward_funcs, settings, *more, **options)
         if _samples_in_rounds(self.recipe):
             self._refuse_other_generation()
+        self.recipe.check_vocabulary(self.model.config.get_text_config().vocab_size)
         if isinstance(self.recipe.sampler, OfVocabulary):
             self._show_vocabulary(self.recipe.sampler)
         self.beta = settings.beta = 0.0
@@ -172,7 +173,18 @@ class GRPOTrainer(trl.GRPOTrainer):
         ids, *more = super()._tokenize_prompts(prompts)
         if self._prefixes is not None:
             ids = [[*prompt, *prefix] for prompt, prefix in zip(ids, self._prefixes, strict=True)]
+            self._refuse_beyond_context(max(map(len, ids), default=0))
         return ids, *more
+
+    def _refuse_beyond_context(self, begun: int) -> None:
+        """Raise `DataError` if prompt, prefix and the longest continuation do not fit into the model."""
+        context = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if context is not None and begun + self.max_completion_length > context:
+            raise DataError(
+                f"a prompt and the prefix it is continued from have {begun} tokens, and {self.max_completion_length} may "
+                f"follow, but the model has room for {context}; limit what a branch keeps, for CURE with the sampler's "
+                f"max_prompt_len={max(context - self.max_completion_length, 1)}, or lower max_completion_length"
+            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
@@ -366,6 +378,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             "ids": ids,
             "reward": reward,
             "group": rows // self.num_generations,
+            "prompt_length": output["prompt_mask"].sum(dim=1),
             **response_columns(ids, length, ends=self.eos_token_ids, limit=self.max_completion_length),
         }
         if "importance_sampling_ratio" in output:

@@ -18,11 +18,12 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure._blocks import BLOCK_ELEMENTS, blocks
+from uncollapse.measure._samples import Features, Labels, Mask, rows_inside
 from uncollapse.measure.class_geometry import (
     ClassMeans,
     duality,
@@ -32,9 +33,6 @@ from uncollapse.measure.class_geometry import (
 )
 from uncollapse.measure.class_pairs import ClassPairs
 
-Features: TypeAlias = Float[Tensor, "*position feature"] | Float[np.ndarray, "*position feature"]
-Labels: TypeAlias = Int[Tensor, "*position"] | Int[np.ndarray, "*position"]
-Mask: TypeAlias = Bool[Tensor, "*position"] | Bool[np.ndarray, "*position"]
 Head: TypeAlias = Float[Tensor, "class feature"] | Float[np.ndarray, "class feature"]
 
 
@@ -116,12 +114,18 @@ class StreamingNC:
     def update(self, h: Features, y: Labels, mask: Mask | None = None) -> StreamingNC:
         """Take features and their classes; positions outside the mask do not exist, whatever they hold. Returns itself.
 
-        A batch that is refused leaves the statistics as they were.
+        The mask is of bool, or of whole numbers that are not 0 where a position counts, as an attention mask is. A batch that
+        is refused leaves the statistics as they were.
 
         Raises:
-            DataError: another number of features or of classes, NaN or inf, or a class outside 0 .. num_classes - 1.
+            DataError: another number of features, of classes or of mask entries, classes or mask that are not whole numbers,
+                NaN or inf, or a class outside 0 .. num_classes - 1.
         """
-        rows, classes = self._checked(h, y, mask)
+        found, labels = rows_inside(
+            h, y, mask, width=self.dim, num_classes=self.num_classes, name="StreamingNC"
+        )
+        assert labels is not None
+        rows, classes = found.to(self.device), labels.to(self.device)
         for part in blocks(len(rows), self.dim):
             self._add(rows[part].to(self.dtype), classes[part])
         return self
@@ -239,35 +243,6 @@ class StreamingNC:
         self.count[classes] = total
         if self.within is not None:
             self.within.addmm_((gap * weight[:, None]).T, gap)
-
-    def _checked(self, h: Features, y: Labels, mask: Mask | None) -> tuple[Tensor, Tensor]:
-        """Rows (row, feature) and their classes (row,) inside the mask, on the device of the statistics."""
-        features, classes = torch.as_tensor(h), torch.as_tensor(y)
-        if features.shape[-1] != self.dim:
-            raise DataError(f"StreamingNC: features of width {features.shape[-1]}, expected {self.dim}")
-        if features.shape[:-1] != classes.shape:
-            raise DataError(
-                f"StreamingNC: features {tuple(features.shape)} for classes {tuple(classes.shape)}; give one class a row"
-            )
-        features = features.detach().reshape(-1, self.dim)
-        classes = classes.reshape(-1)
-        if mask is not None:
-            inside = torch.as_tensor(mask).reshape(-1)
-            features, classes = features[inside], classes[inside]
-        if not len(classes):
-            return features, classes
-        low, high = (int(end) for end in classes.aminmax())
-        if low < 0 or high >= self.num_classes:
-            raise DataError(
-                f"StreamingNC: classes from {low} to {high}, expected 0 to {self.num_classes - 1}; "
-                "leave positions without a class out with mask"
-            )
-        if not all(bool(end.isfinite()) for end in features.aminmax()):
-            bad = int((~features.isfinite()).any(1).sum())
-            raise DataError(
-                f"StreamingNC: {bad} of {len(features)} feature rows contain NaN or inf; leave them out with mask"
-            )
-        return features.to(self.device), classes.to(self.device, torch.long)
 
     def _head(self, W: Head) -> Tensor:
         weight = torch.as_tensor(W).detach()

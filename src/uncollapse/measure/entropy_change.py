@@ -81,6 +81,7 @@ def token_entropy_change(
         t.to(torch.promote_types(t.dtype, torch.float32))
         for t in (log_prob, old_log_prob, entropy, advantages)
     )
+    silenced = None if clip is None else _silenced(logp, old, a, clip)
     if estimator == "released":
         # 1 - p is taken as -expm1(log p), which keeps its digits where the difference in float32 is 0.
         logp = logp.clamp(math.log(SMALLEST), math.log1p(-SMALLEST))
@@ -91,8 +92,8 @@ def token_entropy_change(
         logp = logp.clamp(min=FLOOR)
         own = logp.exp() * (logp + h)
         omega = push * (own * -torch.expm1(logp) if estimator == "theorem" else own - _given(collision))
-    if clip is not None:
-        omega = torch.where(_silenced(log_prob, old_log_prob, a, clip), 0.0, omega)
+    if silenced is not None:
+        omega = torch.where(silenced, 0.0, omega)
     return torch.where(omega.isfinite(), omega, 0.0)
 
 

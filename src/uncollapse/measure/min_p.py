@@ -65,9 +65,10 @@ def min_p_proxy(
     """The proxy q of softmax(logits): log q (-inf where filtered), the kept tokens, and log Z, the log of their mass.
 
     Logits are those of the policy's temperature: divide them by it first. Differentiable in `logits`; memberships are
-    constants. Raises `ConfigError` as `passes_min_p`.
+    constants. Results have the dtype of the logits, but at least float32. Raises `ConfigError` as `passes_min_p`.
     """
     check_threshold("min-p", kappa, tau)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = logits.log_softmax(-1) if kappa is None else logits
     keep = passes_min_p(logp, logp.amax(-1, keepdim=True), kappa=kappa, tau=tau, keep_equal=keep_equal)
     kept = torch.where(keep, logits, -math.inf)

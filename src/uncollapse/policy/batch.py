@@ -21,8 +21,11 @@ TokenMap: TypeAlias = Float[Tensor, "row time"]
 Columns: TypeAlias = Mapping[str, Any]
 """Tensors of shape `()`, `(row,)` or `(row, time)`, or a sequence with one object per row."""
 
-PARTS: Mapping[str, int] = {"policy": 0, "tempered": 1, "replay": 2}
-"""Where a row comes from: the codes of the column `part` (absent: every row is of part `policy`)."""
+PARTS: Mapping[str, int] = {"policy": 0, "tempered": 1, "replay": 2, "idle": 3}
+"""Where a row comes from: the codes of the column `part` (absent: every row is of part `policy`).
+
+A row of part `idle` comes from nowhere: it has no token and only makes the shares of processes equally large.
+"""
 
 
 class UndeclaredRead(UncollapseError):

@@ -191,6 +191,15 @@ class OfVocabulary(Sampler, Protocol):
 
 
 @runtime_checkable
+class BoundByVocabulary(Stage, Protocol):
+    """A stage with a number that a vocabulary may be too small for, such as a target of entropy."""
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `ConfigError` for what no distribution over `size` tokens has; called where an engine knows the size."""
+        ...
+
+
+@runtime_checkable
 class Replay(Stage, Protocol):
     """Rows from earlier steps, with their stored old statistics."""
 

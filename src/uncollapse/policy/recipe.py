@@ -19,6 +19,7 @@ from torch import Tensor
 from uncollapse.errors import ConfigError
 from uncollapse.policy.batch import PARTS, Batch, Columns, Stat
 from uncollapse.policy.protocols import (
+    BoundByVocabulary,
     Memory,
     Metrics,
     Needs,
@@ -145,7 +146,7 @@ class Recipe:
     @property
     def columns(self) -> frozenset[str]:
         """Columns that the engine has to bring."""
-        given = {"weight", "keep", "clipped", "advantage", "old_logp", "part", "scale", "reward"}
+        given = {"weight", "keep", "clipped", "advantage", "old_logp", "part", "sampled", "scale", "reward"}
         given.update(*(_gives(stage) for _, stage in self.stages()))
         needed = {need for _, stage in self.stages() for need in stage.needs if isinstance(need, str)}
         needed.update(*(slot.mean.needs for slot in self._slots))
@@ -185,6 +186,12 @@ class Recipe:
         if reasons:
             raise ConfigError(f"recipe {self.name!r} cannot run on {engine}: {'; '.join(reasons)}")
 
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse before the first step what a vocabulary of `size` tokens cannot give. Raises `ConfigError`."""
+        for _, stage in self.stages():
+            if isinstance(stage, BoundByVocabulary):
+                stage.check_vocabulary(size)
+
     def refusals(self, offers: frozenset[str | type[Stat]]) -> list[str]:
         """Why an engine with these offers cannot run the recipe; empty if it can."""
         kinds = tuple(offer for offer in offers if isinstance(offer, type))
@@ -204,9 +211,10 @@ class Recipe:
         """Rewards, filters, advantage and weights that are decided once per rollout batch, from the old policy.
 
         `batch` holds `reward`, the sampler's columns and `stats("rollout")`. Rows whose reward is NaN cannot be
-        scored: they are named in a warning, leave the loss, and no group statistic counts them.
+        scored: they are named in a warning, leave the loss, and no group statistic counts them. The column `sampled` keeps
+        the mask as it was before any row left.
         """
-        columns = {**batch.columns}
+        columns = {**batch.columns, "sampled": batch.mask}
         columns.setdefault("old_logp", batch.stats[Logp("old")])
         batch = replace(batch, columns=columns)
         batch = self._transform(batch.old_as_now(), "rollout", slots=("rewards",))

@@ -11,12 +11,14 @@ sinusoidal networks of the same name.
 
 Differs from the paper / the official code:
 - The square is taken of the mean over the whole optimiser step, as the formula reads. The code squares the mean of each
-  micro-batch, which also penalises sampling noise: `scope="microbatch"`.
+  micro-batch, which also penalises sampling noise: `scope="microbatch"`, which `siren-released` does not take, so that
+  its loss does not depend on the split.
 - `nucleus="standard"` keeps the token that crosses p, the usual top-p set. The code drops it ("released"): where
   one token alone reaches p nothing is left, entropy 0 and no gradient. The recipe `siren-released` reads it so, looks at the
   10 000 most probable tokens only and divides the policy loss by the token limit but not by the number of rows, all as the
-  code does; its additions of 1e-12 inside logarithms are left out.
-- The anchor is the mean over the whole first rollout batch. The first release took its first micro-batch.
+  code does (but for the square); its additions of 1e-12 inside logarithms are left out.
+- The anchor is the mean over the whole first rollout batch, that is, over its rows that the recipe's filters have left, as
+  every later mean (with the base `dapo`: rows of live groups alone). The first release took its first micro-batch.
 - The peak mask is and-ed with the token mask; the code relies on zeros in padded places. It is applied once; twice, as
   in the code, gives the same.
 - The peaks of a row are a weight on its tokens rather than the set `where` of the mean: then rows without a peak count
@@ -26,6 +28,8 @@ Differs from the paper / the official code:
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -41,6 +45,7 @@ from uncollapse.policy.baselines import dr_grpo
 from uncollapse.policy.batch import Batch, Columns, Stat, TokenMap, TokenMask
 from uncollapse.policy.config.names import register_stage
 from uncollapse.policy.protocols import Metrics, Needs, Scope
+from uncollapse.policy.reach import UpperTarget
 from uncollapse.policy.recipe import Weighted, register
 from uncollapse.policy.reduction import Mean, Sum
 from uncollapse.policy.stages.surrogates import PPOClip
@@ -279,11 +284,14 @@ class PeakEntropyBonus(_PeakEntropy):
 
 @dataclass(frozen=True)
 class Siren(_PeakEntropy):
-    """`(Hbar - H_anchor)^2`: the mean peak entropy is pulled to what it was on the first rollout batch.
+    """`(Hbar - H_anchor)^2`: the mean peak entropy is pulled to what it was on the first rollout batch, after its filters.
 
     Options: `p` in (0, 1], mass of the nucleus; `nucleus` and `top_k` as in `nucleus_entropy`; `quantile` in [0, 1] of a
     row's entropies above which a position is a peak, None for all positions; `peak_on`: rank by nucleus or full
-    entropy; `target` (nats) instead of the first batch's value, for a run that continues from elsewhere.
+    entropy; `target` (nats) instead of the first batch's value, for a run that continues from elsewhere. A `target` that the
+    policy never had and does not approach within `patience` rollouts is given up as `UpperTarget` says: SIREN warns, holds
+    the highest level seen, and pushes no further; 0 never gives up. One above ln(tokens) is refused, where
+    `top_k` or the engine tells how many there are. The first batch's value was reached by definition and is never given up.
 
     The square of a batch mean is no sum over tokens, so it is linearised around the mean that `decide` finds:
     2 gap (h - sg(h)) + gap^2 has exactly its value and gradient. `scope="microbatch"` finds the mean per micro-batch, as the
@@ -292,7 +300,9 @@ class Siren(_PeakEntropy):
 
     target: float | None = None
     scope: Scope = "minibatch"
+    patience: int = 50
     memory: EntropyAnchor = field(default_factory=EntropyAnchor, init=False, compare=False, repr=False)
+    reach: UpperTarget = field(default_factory=UpperTarget, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -303,6 +313,21 @@ class Siren(_PeakEntropy):
             )
         if self.target is not None and not 0 <= self.target < float("inf"):
             raise ConfigError(f"siren: target is {self.target:g}; give an entropy in nats, at least 0")
+        if self.patience < 0 or self.patience == 1:
+            raise ConfigError(
+                f"siren: patience is {self.patience}; give 0 (never give a target up) or at least 2"
+            )
+        self.reach.patience = self.patience
+        if self.top_k is not None:
+            self.check_vocabulary(self.top_k)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Refuse a target that no distribution over `size` tokens has."""
+        if self.target is not None and self.target > math.log(size):
+            raise ConfigError(
+                f"siren: target is {self.target:g} nats, but the entropy over {size} tokens is at most "
+                f"{math.log(size):.4g}; choose a lower target"
+            )
 
     @property
     def needs(self) -> Needs:
@@ -311,9 +336,13 @@ class Siren(_PeakEntropy):
         return now | {stat.by("old") for stat in now if isinstance(stat, Stat)}
 
     def decide_rollout(self, batch: Batch) -> Columns:
-        """The anchor, from the whole of the first rollout batch or from memory."""
+        """The anchor, from the whole of the filtered first rollout batch or from memory; above it up to `ceiling` nothing is pulled."""
         mean = self.aggregate(batch)
-        return {"anchor": self.memory.target(mean) if self.target is None else mean.new_tensor(self.target)}
+        if self.target is None:
+            anchor = self.memory.target(mean)
+            return {"anchor": anchor, "ceiling": anchor}
+        low, high = self.reach.band(self.target)
+        return {"anchor": mean.new_tensor(low), "ceiling": mean.new_tensor(high)}
 
     def decide(self, batch: Batch) -> Columns:
         """The mean that the square is linearised around."""
@@ -321,30 +350,42 @@ class Siren(_PeakEntropy):
 
     def __call__(self, batch: Batch, own: Columns) -> TokenMap:
         """Unreduced loss (nats squared)."""
-        gap, entropy = own["mean"] - own["anchor"], self.spread(batch)
+        gap, entropy = self._gap(own), self.spread(batch)
         return 2 * gap * (entropy - entropy.detach()) + gap**2
 
+    def _gap(self, own: Columns) -> Float[Tensor, "row 1"]:
+        """How far the step's mean is from the anchor, or from the band above it while a target is given up."""
+        gap: Tensor = own["mean"] - own["mean"].clamp(own["anchor"], own["ceiling"])
+        return gap
+
     def metrics(self, batch: Batch, own: Columns) -> Metrics:
-        """Where it acts, the anchor, and how far the step's mean is from it."""
-        anchor = own["anchor"]
+        """Where it acts, the anchor, how far the step's mean is from it, and whether a target is given up."""
+        given_up = (own["ceiling"] > own["anchor"]).to(own["anchor"].dtype)
         return {
             **self.report(batch, "siren"),
-            "siren/anchor/value": _over_rows(anchor, batch),
-            "siren/gap/mean": _over_rows(own["mean"] - anchor, batch),
+            "siren/anchor/value": _over_rows(own["anchor"], batch),
+            "siren/gap/mean": _over_rows(self._gap(own), batch),
+            "siren/saturated/frac": _over_rows(given_up, batch),
         }
 
     def observe(self, batch: Batch) -> None:
-        """Keep the anchor if this is the first batch that has a token."""
-        if self.target is None and bool(batch.mask.any()):
-            self.memory.observe(self.aggregate(batch), batch.clock.step)
+        """Keep the anchor if this is the first batch that has a token; watch whether a target comes nearer."""
+        if not bool(batch.mask.any()):
+            return
+        mean = self.aggregate(batch)
+        if self.target is None:
+            self.memory.observe(mean, batch.clock.step)
+        else:
+            self.reach.observe(float(mean), self.target)
 
     def state_dict(self) -> dict[str, Any]:
-        """The anchor."""
-        return self.memory.state_dict()
+        """The anchor, and what is known of the target's reach."""
+        return {**self.memory.state_dict(), "reach": self.reach.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the anchor."""
+        """Restore both."""
         self.memory.load_state_dict(state)
+        self.reach.load_state_dict(state["reach"])
 
 
 @dataclass
@@ -353,7 +394,8 @@ class LagrangianEntropy:
 
     After each rollout batch c <- min(max(0, c + rate (H_anchor - H)), limit), with H (nats per token) of the old policy and
     H_anchor of the first batch: the baseline that SAC's automatic temperature (arXiv 1812.05905) becomes in the SIREN
-    paper's comparison. `rate` and `limit` (coefficients per nat, and coefficient) are ours; the limit keeps it from growing for ever.
+    paper's comparison. `rate` and `limit` (coefficients per nat, and coefficient) are ours; the limit keeps it from growing for
+    ever, and a warning says, once, when it is reached with the entropy still below the anchor.
     """
 
     rate: float = 0.005
@@ -363,6 +405,7 @@ class LagrangianEntropy:
     needs: Needs = frozenset({Entropy("now"), Entropy("old")})
     coefficient: float | None = field(default=None, init=False, compare=False, repr=False)
     memory: EntropyAnchor = field(default_factory=EntropyAnchor, init=False, compare=False, repr=False)
+    warned: bool = field(default=False, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.rate <= 0 or not 0 <= self.start <= self.limit or self.scope != "rollout":
@@ -390,16 +433,28 @@ class LagrangianEntropy:
         if bool(batch.mask.any()):
             entropy = batch.stats[Entropy("old")][batch.mask].mean()
             self.memory.observe(entropy, batch.clock.step)
-            change = self.rate * float(self.memory.target(entropy) - entropy)
-            self.coefficient = min(max(self._current() + change, 0.0), self.limit)
+            gap = float(self.memory.target(entropy) - entropy)
+            self.coefficient = min(max(self._current() + self.rate * gap, 0.0), self.limit)
+            if gap > 0 and self.coefficient == self.limit:
+                self._say_that_it_is_at_its_limit(gap)
+
+    def _say_that_it_is_at_its_limit(self, gap: float) -> None:
+        if self.warned:
+            return
+        self.warned = True
+        warnings.warn(
+            f"lagrangian-entropy: the coefficient is at its limit of {self.limit:g} and entropy still {gap:.3g} nats below "
+            f"the anchor of {self.memory.value:.3g}; it pushes no harder from here. Raise the limit, or accept the level",
+            stacklevel=3,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Coefficient and anchor."""
-        return {"coefficient": self.coefficient, **self.memory.state_dict()}
+        """Coefficient, anchor, and whether the limit was told of."""
+        return {"coefficient": self.coefficient, "warned": self.warned, **self.memory.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore coefficient and anchor."""
-        self.coefficient = state["coefficient"]
+        """Restore all of that."""
+        self.coefficient, self.warned = state["coefficient"], state["warned"]
         self.memory.load_state_dict(state)
 
 
@@ -421,7 +476,7 @@ siren_released = register(
     replace(
         siren,
         name="siren-released",
-        summary="SIREN as its code reads it: without the token that crosses p; policy loss not divided by the rows.",
+        summary="SIREN as its code but for the square, of the whole step: no token that crosses p, sum over rows.",
         mean=Sum(per_row=False),
         regularizers=(Weighted(Siren(nucleus="released", top_k=10_000), coef=0.005, mean=Siren.mean),),
     )

@@ -29,6 +29,7 @@ _SHOWN = 12
 _MEANING = {
     "nc1/cdnv/mean": "NC1: spread within classes over distance between them, mean over pairs; 0 when every class is a point",
     "nc1/ratio": "NC1: mean variance within classes over mean squared distance between class means",
+    "nc1/pinv": "NC1: tr(within pinv(between)) over classes; 0 when every class is a point",
     "nc2/norm/cov": "NC2: how unequal the lengths of class means are; 0 when equal",
     "nc2/cosine/mean": "NC2: mean cosine of two class means; -1/(classes - 1) in a simplex",
     "nc2/cosine/std": "NC2: its spread; 0 when all angles are equal",
@@ -36,6 +37,10 @@ _MEANING = {
     "gnc2/log_kernel/cov": "GNC2: how uneven that is; 0 when uniform",
     "nc3/cosine/mean": "NC3: mean cosine of a class mean and its row of the head; 1 when they are the same direction",
     "unc3/cosine/cov": "UNC3: how uneven that alignment is; 0 when uniform",
+    "nc4/full_head": "NC4: share of samples that the head gives the class of the nearest mean; 1 when it decides like that",
+    "nc4/seen_head": "NC4: the same, the head choosing among the classes seen",
+    "nc4/head_accuracy": "share of samples that the head gives their class",
+    "nc4/centre_accuracy": "share of samples whose nearest class mean is that of their class",
 }
 
 
@@ -216,7 +221,7 @@ def _features(found: Inspection) -> Section:
             "features",
             "Features",
             "Features",
-            missing="No blocks were found: a list of layers of the same kind.",
+            missing=found.absent.get("features", "They were not watched."),
         )
     ranks = np.array([one.effective_rank for one in found.blocks.values()])
     part = np.array([one.participation for one in found.blocks.values()])
@@ -245,15 +250,13 @@ def _classes(found: Inspection) -> Section:
         return Section(
             "classes", "Classes", title, missing=found.absent.get("classes", "They were not watched.")
         )
-    report = found.collapse
+    report, values = found.collapse, found.scalars()
     rows = tuple(
-        (meaning, name, number(report.values[name]))
-        for name, meaning in _MEANING.items()
-        if name in report.values
+        (meaning, name, number(values[name])) for name, meaning in _MEANING.items() if name in values
     )
     lead = (
         f"{report.samples:,} features of {report.classes:,} classes ({report.singletons:,} of them with one sample). "
-        "For a language model the class is the next token."
+        "For a causal language model the class is the next token."
     )
     blocks: list[Block] = [TableBlock(("what it says", "metric", "value"), rows)]
     if found.frames is not None:
@@ -272,7 +275,12 @@ def _classes(found: Inspection) -> Section:
 
 def _weights(found: Inspection) -> Section:
     if not found.weights:
-        return Section("weights", "Weights", "Weights", missing="Their spectra were not asked for.")
+        return Section(
+            "weights",
+            "Weights",
+            "Weights",
+            missing=found.absent.get("weights", "Their spectra were not asked for."),
+        )
     by_norm = sorted(found.weights, key=lambda one: -one.spectral_norm)[:_SHOWN]
     by_rank = sorted(found.weights, key=lambda one: one.effective_rank / min(one.shape))[:_SHOWN]
     columns = ("weight", "shape", "spectral norm", "effective rank", "stable rank")

@@ -29,6 +29,7 @@ Differs from the paper / the official code:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -37,7 +38,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import DataError
-from uncollapse.inspection.features import head_inputs, head_of
+from uncollapse.inspection.classes import head_inputs
+from uncollapse.inspection.features import head_of
 from uncollapse.measure.class_pairs import uniform_log_kernel
 from uncollapse.measure.class_statistics import CollapseReport, StreamingNC
 from uncollapse.measure.nearest_class import NC4Accumulator, NC4Report
@@ -66,13 +68,16 @@ def collect_lm_features(
 
     Args:
         model: a Hugging Face causal language model, or any module called with `input_ids` whose head `head_of` finds.
-        token_batches: token ids (row, time), or mappings with `input_ids` and, where rows are padded, `attention_mask`.
+        token_batches: token ids (row, time), or mappings with `input_ids` and, where rows are padded, `attention_mask`. Other
+            tensors in them that `forward` takes (position_ids, token_type_ids) go there too, but labels do not: there are no
+            logits for a loss. Where a row begins with padding and `forward` takes position_ids, they count from the first
+            token unless they are given.
 
     Raises:
         DataError: a batch without `input_ids` or with other than two axes, or a model whose head does not see one
             feature per token.
     """
-    head = head_of(model)
+    head, accepted = head_of(model), _accepted(model)
     device = next(model.parameters()).device
     for batch in token_batches:
         inputs = {"input_ids": batch} if isinstance(batch, Tensor) else batch
@@ -80,13 +85,33 @@ def collect_lm_features(
         if ids is None or ids.ndim != 2:
             shape = "missing" if ids is None else f"of shape {tuple(ids.shape)}"
             raise DataError(f"collect_lm_features: input_ids is {shape}; give token ids (row, time)")
-        taken = {key: inputs[key].to(device) for key in ("input_ids", "attention_mask") if key in inputs}
-        yield _read(model, head, taken)
+        taken = {
+            key: value.to(device) for key, value in inputs.items() if key in accepted and key != "labels"
+        }
+        yield _read(model, head, _with_positions(taken) if "position_ids" in accepted else taken)
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    """Names of the inputs of a model, below an adapter too."""
+    found = {"input_ids", "attention_mask"}
+    found.update(inspect.signature(model.forward).parameters)
+    below: Any = getattr(model, "get_base_model", None)
+    return found if below is None else found | set(inspect.signature(below().forward).parameters)
+
+
+def _with_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Positions count from the first token, not from the padding before it, which absolute ones would see."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != inputs["input_ids"].shape or "position_ids" in inputs:
+        return inputs
+    if bool(mask[:, :1].all()):
+        return inputs
+    return inputs | {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def _read(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     found: list[tuple[Tensor, Tensor]] = []
-    with head_inputs(model, lambda h, y: found.append((h, y)), head=head):
+    with head_inputs(model, lambda h, y: found.append((h, y)), classes="next_token", head=head):
         narrowed = head.register_forward_pre_hook(_first_position)
         try:
             model(**inputs)

@@ -95,10 +95,12 @@ def argsort_descending(keys: Float[Tensor, "row class"]) -> Int[Tensor, "row cla
     return packed & 0xFFFFFFFF
 
 
-def refuse_values(top: Tensor, whose: str) -> None:
-    """Raise `DataError` unless the row maxima `top` are finite."""
+def refuse_values(top: Tensor, whose: str, remedy: str = "mask=") -> None:
+    """Raise `DataError` unless the row maxima `top` are finite; `remedy` is the caller's way to leave rows out."""
     if not bool(top.isfinite().all()):
-        raise DataError(f"logits of the {whose} with NaN, +inf or a row of -inf; leave such rows out (mask=)")
+        raise DataError(
+            f"logits of the {whose} with NaN, +inf or a row of -inf; leave such rows out ({remedy})"
+        )
 
 
 class _RankingLoss(torch.autograd.Function):

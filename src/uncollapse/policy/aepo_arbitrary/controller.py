@@ -10,12 +10,10 @@ from typing import Any
 
 from uncollapse.errors import ConfigError
 from uncollapse.policy.aepo_arbitrary.formulas import Mode, auxiliary_temperature, check_steering
+from uncollapse.policy.reach import halves, in_reach
 
 WINDOW = 50
 """Steps that the duty cycle is taken over."""
-
-WINDOWS_AHEAD = 20
-"""A target that is further away than this many times `patience` steps, at the present pace, is out of reach."""
 
 
 @dataclass
@@ -109,22 +107,11 @@ class EntropyController:
         at_bound = len(pushes) == 1 and not pushes.isdisjoint({self.low, self.high} - {1.0})
         if not self.patience or len(window) < self.patience or not at_bound:
             return None
-        before, now = self._halves()
-        gap = self.target - now
-        toward = (
-            math.copysign(1.0, gap) * (now - before) / (self.patience - self.patience // 2)
-        )  # nats per step
-        return toward * WINDOWS_AHEAD * self.patience >= abs(gap)
-
-    def _halves(self) -> tuple[float, float]:
-        """Mean entropy of the first and of the last half of the last `patience` steps."""
-        half = self.patience // 2
-        values = [entropy for entropy, _ in self.recent[-self.patience :]]
-        return sum(values[:half]) / half, sum(values[-half:]) / half
+        return in_reach([entropy for entropy, _ in window], self.target)
 
     def _give_up(self) -> None:
         temperature = self.recent[-1][1]
-        _, self.held = self._halves()
+        _, self.held = halves([entropy for entropy, _ in self.recent[-self.patience :]])
         if not self.warned:
             self.warned = True
             warnings.warn(

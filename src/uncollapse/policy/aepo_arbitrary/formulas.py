@@ -14,6 +14,7 @@ from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.policy.batch import TokenMap
+from uncollapse.policy.stages.surrogates import FARTHEST
 
 Mode: TypeAlias = Literal["bang", "clip"]
 """How the temperature follows the entropy: one of two values, or in proportion to the gap."""
@@ -72,7 +73,7 @@ def tempered_positive_loss(
     `agg="row"`: -(alpha / G') sum_i 1[R_i = 1] (1 / |o_i|) sum_t g_it over all G' rows that have tokens, right or wrong, so
     the term shrinks with the success rate. `agg="token"`: the same sum over tokens divided by the tokens of all rows;
     long answers then weigh more. g is log pi (REINFORCE, version 1), or min(r, clip(r, 1 - clip, 1 + clip)) with
-    r = exp(logp - old_logp), whose gradient vanishes once r > 1 + clip.
+    r = exp(logp - old_logp), whose gradient vanishes once r > 1 + clip; its logarithm is bounded at +-20, as in `PPOClip`.
 
     Both log-probabilities are at the policy's temperature, although the tokens were sampled at another: the tempered
     policy is what is imitated, hence no importance weight. No right answer, or no token at all: 0 with zero gradient.
@@ -85,7 +86,8 @@ def tempered_positive_loss(
     if clip is None:
         gain = torch.where(learnt, logp, 0.0)
     else:
-        ratio = torch.where(learnt, logp - old_logp, 0.0).exp()
+        # Clipped or not, an infinite ratio would have the gradient 0 x inf.
+        ratio = torch.where(learnt, logp - old_logp, 0.0).clamp(-FARTHEST, FARTHEST).exp()
         gain = torch.where(learnt, torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip)), 0.0)
     length = mask.sum(1)
     if agg == "token":
@@ -103,7 +105,7 @@ def tempered_reweighting(
 
     Source: the branch `DCPO` of the official code; not in the paper.
     """
-    return alpha * is_right(rewards)[:, None] * (logp_T - logp).exp()
+    return alpha * is_right(rewards)[:, None] * (logp_T - logp).clamp(-FARTHEST, FARTHEST).exp()
 
 
 def reweighting_share(

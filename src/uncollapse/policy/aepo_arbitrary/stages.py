@@ -23,8 +23,12 @@ from uncollapse.policy.stats import Entropy, Logp, TemperedLogp
 
 
 def policy_entropy(batch: Batch) -> float:
-    """Mean entropy per token (nats) of the old policy over rows of part `policy`; NaN without such a token."""
-    mask = batch.mask
+    """Mean entropy per token (nats) of the old policy over rows of part `policy`; NaN without such a token.
+
+    Rows that a filter has dropped count, as in `entropy/token/mean`: else the entropy would be that of undecided prompts
+    alone, and unknown once all groups are dead.
+    """
+    mask = batch.columns.get("sampled", batch.mask)
     if "part" in batch.columns:
         mask = mask & (batch.columns["part"] == PARTS["policy"])[:, None]
     return _masked_mean(batch.stats[Entropy("old")], mask)
@@ -98,7 +102,7 @@ class _SteeredSampler:
 
     def metrics(self, batch: Batch, own: Columns) -> Metrics:
         """Temperature, distance to the target, duty cycle, saturation and the share of tempered rows."""
-        rows = torch.tensor(float(len(batch)), dtype=torch.float64, device=batch.mask.device)
+        rows = (batch.columns["part"] != PARTS["idle"]).double().sum()
         extra = _tempered(batch).double().sum()
         return {**_steering_metrics(self.controller, rows), "tempered/rows/frac": (extra, rows)}
 
@@ -125,7 +129,7 @@ class TemperedSampler(_SteeredSampler):
     """
 
     alpha: float = 1 / 64
-    needs: Needs = field(default=frozenset({Entropy("old")}), init=False, repr=False)
+    needs: Needs = field(default=frozenset({"sampled", Entropy("old")}), init=False, repr=False)
     gives: frozenset[str] = field(default=frozenset({"part", "scale"}), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,7 +149,7 @@ class TemperedSampler(_SteeredSampler):
         return join([policy, _marked(tempered, "tempered", self.alpha)])
 
     def observe(self, batch: Batch) -> None:
-        """The exact entropy of the policy's own rows that train, for the next step's temperature."""
+        """The exact entropy of the policy's own rows, for the next step's temperature."""
         if self.alpha:
             self.controller.observe(policy_entropy(batch))
 
@@ -276,7 +280,9 @@ class TemperedReweighting:
     @property
     def needs(self) -> Needs:
         """Log-probabilities at both temperatures (the controller's one is that of this step), entropy, rewards."""
-        return frozenset({"advantage", "reward", "part", Entropy("old"), Logp("old"), self._tempered_logp})
+        return frozenset(
+            {"advantage", "reward", "part", "sampled", Entropy("old"), Logp("old"), self._tempered_logp}
+        )
 
     @property
     def _tempered_logp(self) -> TemperedLogp:
@@ -295,7 +301,7 @@ class TemperedReweighting:
         return {"advantage": mixed}
 
     def observe(self, batch: Batch) -> None:
-        """The exact entropy of the rows that train, for the next step's temperature."""
+        """The exact entropy of the policy's own rows, for the next step's temperature."""
         self.controller.observe(policy_entropy(batch))
 
     def state_dict(self) -> dict[str, Any]:

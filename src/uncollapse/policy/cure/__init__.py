@@ -9,8 +9,8 @@ before it, and the kept prefix is continued anew a few times. Originals and bran
 DAPO. A prefix is given, not sampled: it has no gradient in a branch. Stage 2: DAPO from the prompts alone.
 
 Differs from the paper / the official code:
-- Tokens that are never critical (special ones, and those whose text has at most one character) are a table over the
-  vocabulary, made once, instead of a call of the tokenizer per token.
+- Tokens that are never critical (special ones, and those whose text has at most one character, an option) are a table
+  over the vocabulary, made once, instead of a call of the tokenizer per token.
 - Where a limit on the prefix applies, cuts beyond it are not candidates (`keep="reject"`). The released code keeps the
   first tokens of prompt and prefix, so that the branch silently starts before the critical token: `keep="head"`.
 - The released code fills up a step with fresh groups for those whose rewards are all equal (at most ten rounds). Here
@@ -37,6 +37,7 @@ from uncollapse.policy.cure.positions import (
 )
 from uncollapse.policy.cure.sampler import CureSampler, RolloutGroup
 from uncollapse.policy.cure.two_stages import TwoStageSampler, TwoStageSchedule
+from uncollapse.policy.cure.writer import ModelWriter
 from uncollapse.policy.recipe import register
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.rewards import SoftOverlong
@@ -45,6 +46,7 @@ from uncollapse.policy.stages.surrogates import PPOClip
 __all__ = [
     "CureSampler",
     "FamilyAdvantage",
+    "ModelWriter",
     "RolloutGroup",
     "TwoStageSampler",
     "TwoStageSchedule",

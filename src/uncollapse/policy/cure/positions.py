@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
@@ -16,16 +17,34 @@ Keep: TypeAlias = Literal["reject", "head"]
 Rows: TypeAlias = Sequence[Sequence[int]]
 """Token ids of several rows, without padding."""
 
+SHORTEST = 2
+"""Fewest characters of a critical token's text, without blanks around it, in the official code."""
 
-def critical_tokens(decoded: Sequence[str], special: Iterable[int] = ()) -> Bool[Tensor, " vocab"]:
-    """Which tokens of a vocabulary may be critical: not special, and longer than one character when stripped.
 
-    `decoded` holds the text of every token id; `special` the ids of end of text, padding and the like. Punctuation,
-    single digits and letters, and blanks are out. Source: official `dapo_ray_trainer.py`, which asks this token by
-    token.
+def critical_tokens(
+    decoded: Sequence[str], special: Iterable[int] = (), shortest: int = SHORTEST
+) -> Bool[Tensor, " vocab"]:
+    """Which tokens of a vocabulary may be critical: not special, and of `shortest` or more characters when stripped.
+
+    `decoded` holds the text of every token id; `special` the ids of end of text, padding and the like. With 2, as in the
+    official code, punctuation, single digits and letters, and blanks are out. A vocabulary of single characters has no
+    critical token then: give 1 (only blanks and special tokens are out) or 0 (only special tokens). Warns where no
+    token is critical, since every branch is a whole new answer then. Special ids beyond the table change nothing: no
+    token outside it is critical. Raises `DataError` for a negative one.
+
+    Source: official `dapo_ray_trainer.py`, which asks this token by token.
     """
-    table = torch.tensor([len(text.strip()) > 1 for text in decoded], dtype=torch.bool)
-    table[torch.tensor(sorted(special), dtype=torch.long)] = False
+    table = torch.tensor([len(text.strip()) >= shortest for text in decoded], dtype=torch.bool)
+    ids = sorted(special)
+    if ids and ids[0] < 0:
+        raise DataError(f"critical_tokens: {ids[0]} is no token id; give special ids from 0 on")
+    table[torch.tensor([token for token in ids if token < len(table)], dtype=torch.long)] = False
+    if not bool(table.any()):
+        warnings.warn(
+            f"cure: none of {len(table)} tokens has {shortest} characters, so no token is critical and every branch is a "
+            "whole new answer; for a tokenizer of single characters set shortest to 1",
+            stacklevel=2,
+        )
     return table
 
 
@@ -116,10 +135,17 @@ def left_pad(
 ) -> tuple[Int[Tensor, "row time"], Int[Tensor, "row time"], Int[Tensor, "row time"]]:
     """Ids padded on the left, attention mask (0...01...1) and position ids (cumulative mask - 1, at least 0).
 
-    `length` defaults to the longest row; it has to be at least that.
+    `length` defaults to the longest row. Raises `DataError` if it is below that, and for no rows at all.
     """
+    if not rows:
+        raise DataError("left_pad: there are no rows; give at least one")
     widths = torch.tensor([len(row) for row in rows])
-    length = int(widths.max()) if length is None else length
+    longest = int(widths.max())
+    length = longest if length is None else length
+    if length < longest:
+        raise DataError(
+            f"left_pad: the longest row has {longest} tokens, more than length={length}; raise it"
+        )
     ids = torch.tensor([[pad_id] * (length - len(row)) + list(row) for row in rows], dtype=torch.long)
     attention = (torch.arange(length) >= length - widths[:, None]).long()
     return ids, attention, (attention.cumsum(1) - 1).clamp(min=0)

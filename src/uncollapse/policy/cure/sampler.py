@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.policy.batch import Batch, Clock, Columns, join
 from uncollapse.policy.cure.families import family_variance
 from uncollapse.policy.cure.positions import (
+    SHORTEST,
     Keep,
     Mode,
     Rows,
@@ -58,8 +59,11 @@ class CureSampler:
     `within_family`, `between_families` (variance of the verifier's reward, of the row's group).
 
     `prefix_limit` is the most tokens that a branch keeps. Cuts beyond it are no candidates (`keep="reject"`), or are
-    moved back to it (`keep="head"`, what the released truncation amounts to). `token_ok` is a table over the vocabulary
-    from `critical_tokens`; None lets any token be critical. It belongs to a tokenizer, hence to no YAML file.
+    moved back to it (`keep="head"`, what the released truncation amounts to). `max_prompt_len` limits prompt and prefix
+    together, as the released code does, in the same way; it needs the engine's column `prompt_length`. `token_ok` is a table over the vocabulary
+    from `critical_tokens`; None lets any token be critical. It belongs to a tokenizer, hence to no YAML file: an engine
+    with a tokenizer makes it, of tokens with at least `shortest` characters (1 for a tokenizer of single characters,
+    in whose vocabulary no token is critical otherwise).
 
     With `branches=0` it is `PlainSampler`. Branches are on-policy continuations, but of prefixes chosen by entropy: the
     states that the group visits are not those of the policy, and nothing corrects for it. Defaults: the official
@@ -71,7 +75,9 @@ class CureSampler:
     k: int = 20
     mode: Mode = "entropy"
     prefix_limit: int | None = None
+    max_prompt_len: int | None = None
     keep: Keep = "reject"
+    shortest: int = SHORTEST
     temperature: float = 1.0
     token_ok: Bool[Tensor, " vocab"] | None = field(default=None, compare=False, repr=False)
     needs: Needs = field(default=frozenset({"ids", "length", Entropy("old")}), init=False, repr=False)
@@ -95,16 +101,29 @@ class CureSampler:
             raise ConfigError(
                 f"cure: mode is entropy or random, keep is reject or head; got {self.mode!r}, {self.keep!r}"
             )
-        if self.prefix_limit is None and self.keep == "head":
-            raise ConfigError("cure: keep='head' says what to do at a prefix_limit; give one")
+        if self.prefix_limit is None and self.max_prompt_len is None and self.keep == "head":
+            raise ConfigError(
+                "cure: keep='head' says what to do at a prefix_limit or max_prompt_len; give one"
+            )
+        if self.shortest < 0:
+            raise ConfigError(f"cure: shortest is a number of characters, 0 or more; got {self.shortest}")
         if self.prefix_limit is not None and self.prefix_limit < 0:
             raise ConfigError(f"cure: prefix_limit is a number of tokens; got {self.prefix_limit}")
+        if self.max_prompt_len is not None:
+            if self.max_prompt_len < 1:
+                raise ConfigError(
+                    f"cure: max_prompt_len is a number of tokens, 1 or more; got {self.max_prompt_len}"
+                )
+            object.__setattr__(self, "needs", self.needs | {"prompt_length"})
 
     def for_vocabulary(self, decoded: Sequence[str], special: Iterable[int]) -> CureSampler:
-        """The same sampler with the table of `critical_tokens`, unless it has one. Engines with a tokenizer call this."""
+        """The same sampler with the table of `critical_tokens`, unless it has one. Engines with a tokenizer call this.
+
+        Warns where no token is critical.
+        """
         if self.token_ok is not None:
             return self
-        return replace(self, token_ok=critical_tokens(decoded, special))
+        return replace(self, token_ok=critical_tokens(decoded, special, self.shortest))
 
     @property
     def originals(self) -> int:
@@ -143,10 +162,14 @@ class CureSampler:
         )
 
     def cuts(self, batch: Batch) -> Int[Tensor, " row"]:
-        """Where each row would be cut, from its `Entropy("old")`; the draw belongs to row and clock."""
+        """Where each row would be cut, from its `Entropy("old")`; the draw belongs to row and clock.
+
+        Raises `DataError` for a prompt beyond `max_prompt_len`.
+        """
         uniform = batch.clock.uniform(batch.uid, 1, "cure")[:, 0]
+        lengths = None if self.max_prompt_len is None else batch.columns["prompt_length"]
         return self._choose(
-            batch.stats[Entropy("old")], batch.ids, batch.mask, uniform, limit=self.prefix_limit
+            batch.stats[Entropy("old")], batch.ids, batch.mask, uniform, limit=self._limit(lengths)
         )
 
     def rollout(
@@ -155,32 +178,37 @@ class CureSampler:
         entropy: Callable[[Rows, Rows], Float[Tensor, "row time"]],
         prompts: Rows,
         *,
-        max_prompt_len: int | None = None,
         pad_id: int = 0,
         clock: Clock | None = None,
     ) -> RolloutGroup:
         """The same two rounds with any generate function: `transformers`, an inference server, a script.
 
         `generate(prompts)` gives one continuation per prompt, `entropy(prompts, responses)` the entropy (nats) of the
-        distribution that each token was drawn from, padded on the right. `max_prompt_len` limits prompt and prefix
-        together, as the released code does; beyond it, `keep` decides.
+        distribution that each token was drawn from, padded on the right. The entropy may be on any device; the result is on
+        the CPU. Raises `DataError` for no prompts, for a prompt beyond `max_prompt_len`, and for a number of
+        continuations or a shape of the entropy that does not fit.
         """
+        if not prompts:
+            raise DataError("cure: there are no prompts; give at least one")
         clock = clock or Clock()
         parents = [list(prompt) for prompt in prompts for _ in range(self.originals)]
-        first = [list(response) for response in generate(parents)]
+        first = _continued(generate, parents)
         ids, mask = _pad_right(first, pad_id)
         lengths = torch.tensor([len(parent) for parent in parents])
         uniform = clock.uniform(torch.arange(len(parents)), 1, "cure")[:, 0]
-        limit: int | Tensor | None = self.prefix_limit
-        if max_prompt_len is not None:
-            room = max_prompt_len - lengths
-            limit = room if limit is None else room.clamp(max=limit)
-        cut = self._choose(entropy(parents, first), ids, mask, uniform, limit=limit)
-        starts = branch_prompts(parents, first, cut, max_prompt_len, self.keep)
+        limit = self._limit(lengths)
+        level = entropy(parents, first)
+        if level.shape != mask.shape:
+            raise DataError(
+                f"cure: entropy gave shape {tuple(level.shape)} for {len(first)} responses of up to {mask.shape[1]} tokens; "
+                f"it has to be {tuple(mask.shape)}, padded on the right"
+            )
+        cut = self._choose(level.to(mask.device), ids, mask, uniform, limit=limit)
+        starts = branch_prompts(parents, first, cut, self.max_prompt_len, self.keep)
         parent = torch.arange(len(parents))
         branch = parent.repeat_interleave(self.branches)
         begun = [starts[row] for row in branch.tolist()]
-        second = [list(response) for response in generate(begun)] if begun else []
+        second = _continued(generate, begun) if begun else []
         order = _group_order(len(prompts), self.originals, self.branches)
         place = order.argsort()  # where a row of the two rounds stands in group order
         all_parents = torch.cat([parent, branch])[order]
@@ -216,6 +244,18 @@ class CureSampler:
             "cure/reward/within": over(batch.columns["within_family"], rows),
             "cure/reward/between": over(batch.columns["between_families"], rows),
         }
+
+    def _limit(self, prompt_length: Int[Tensor, " row"] | None) -> int | Int[Tensor, " row"] | None:
+        """The most tokens that a branch of each row may keep; None where nothing limits it."""
+        if self.max_prompt_len is None or prompt_length is None:
+            return self.prefix_limit
+        room = self.max_prompt_len - prompt_length
+        if bool((room < 0).any()):
+            raise DataError(
+                f"cure: a prompt has {int(prompt_length.max())} tokens, more than max_prompt_len={self.max_prompt_len}; "
+                "raise that, or leave long prompts out"
+            )
+        return room if self.prefix_limit is None else room.clamp(max=self.prefix_limit)
 
     def _choose(
         self,
@@ -262,6 +302,16 @@ def unbranched(batch: Batch, samples: int) -> Batch:
     """Independent answers: each is the only one of its family."""
     none = torch.zeros_like(batch.uid)
     return _labelled(batch, family=batch.uid % samples, branch=none, cut=none)
+
+
+def _continued(generate: Callable[[Rows], Rows], prompts: Rows) -> list[list[int]]:
+    """One continuation per prompt, or `DataError`."""
+    found = [list(response) for response in generate(prompts)]
+    if len(found) != len(prompts):
+        raise DataError(
+            f"cure: generate gave {len(found)} continuations of {len(prompts)} prompts; give one for each"
+        )
+    return found
 
 
 def _pad_right(rows: Rows, pad_id: int) -> tuple[Int[Tensor, "row time"], Bool[Tensor, "row time"]]:

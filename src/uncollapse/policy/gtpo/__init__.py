@@ -20,7 +20,8 @@ Differs from the paper / the official code:
   floats, lets rounding decide what an average answer is.
 - Recipe `gtpo-released` also does what the code does and the formula does not: it divides an answer's loss by a count of
   its conflict tokens (wrong in the code: the longer of the two runs instead of their union), and sums over the answers
-  of a prompt instead of averaging. Its entropy is exact; the code clamps probabilities at 1e-6 inside the logarithm.
+  of a prompt instead of averaging. Its entropy is exact; the code clamps probabilities at 1e-6 inside the logarithm,
+  which is not offered.
 - A threshold that silences a whole rollout batch warns; the official code goes on with zero gradients.
 """
 

@@ -80,12 +80,14 @@ def gtpo_loss(
     answers with a trainable token, filtered ones included; no division of A by the deviation, no clip. The ratio has value 1
     whatever policy sampled, so this is the policy gradient only while that is the current one. `gamma` in reward per
     nat; other options as in `conflict_weights`, `entropy_filter` (no exemption unless `initial_entropy` is given) and
-    `ConflictWeights.normalise`. Rows with a NaN reward are left out.
+    `ConflictWeights.normalise`. Rows with a NaN reward, or without a trainable token, are left out, whatever their
+    `mean_entropy`.
 
     Source: arXiv 2508.03772, the objective; official `gtpo_compute_loss`.
     """
     known = ~torch.isnan(rewards)
     mask = mask & known[:, None]
+    present = mask.any(1)
     index, groups = group_index(group_ids)
     _, mean, _ = scorable_stats(rewards, index, groups)
     sign = advantage_sign(rewards, group_ids)
@@ -95,9 +97,9 @@ def gtpo_loss(
     kept = entropy_filter(mean_entropy, initial_entropy, threshold, scope, advantages=sign)
     equal = equal_groups(rewards, index, groups)[index]
     shaped = torch.where(equal, 0.0, rewards - mean[index]) - gamma * mean_entropy
-    shaped = torch.where(kept & known, shaped, 0.0).to(logp.dtype)
+    shaped = torch.where(kept & present, shaped, 0.0).to(logp.dtype)
     weight = per_conflict(weight.to(logp.dtype), forward, backward, normalise)
-    answers = mask.any(1).sum().clamp(min=1)
+    answers = present.sum().clamp(min=1)
     length = mask.sum(1).clamp(min=1)
     logp = torch.where(mask, logp, 0.0)
     ratio = (logp - logp.detach()).exp()
@@ -106,5 +108,5 @@ def gtpo_loss(
     return loss, {
         "conflict/amplified/frac": (conflict & (sign > 0)[:, None]).sum() / tokens,
         "conflict/suppressed/frac": (conflict & (sign < 0)[:, None]).sum() / tokens,
-        "entropy_filter/kept/frac": (kept & mask.any(1)).sum() / answers,
+        "entropy_filter/kept/frac": (kept & present).sum() / answers,
     }

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
+from uncollapse.policy.stages.surrogates import bounded_ratio
 
 K3_LIMIT = 10.0
 """Where the official code cuts k3 off."""
@@ -26,11 +27,12 @@ def proxy_kl(
     """KL(q || pi) over the vocabulary (nats), pi = softmax(logits). Its gradient with respect to the logits is pi - q.
 
     If q is the proxy of pi itself, it is -log Z: mass moves from noise to *all* kept tokens in proportion, and the sampled
-    one is not favoured.
+    one is not favoured. In the dtype of the arguments, but at least float32.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     possible = log_q > -math.inf
     difference = torch.where(possible, log_q, 0.0) - torch.where(possible, logits.log_softmax(-1), 0.0)
-    return (log_q.exp() * difference).sum(-1)
+    return (log_q.to(difference.dtype).exp() * difference).sum(-1)
 
 
 def sampled_kl(gap: Float[Tensor, "*pool"], *, official_clamp: bool = False) -> Float[Tensor, "*pool"]:
@@ -124,8 +126,11 @@ def capped_surrogate(
     *,
     cap_negative: bool = True,
 ) -> Float[Tensor, "*pool"]:
-    """-A clip(r, 0, U), unreduced: no lower clip. Without `cap_negative` (official code) r > U stays free for A < 0."""
-    ratio = log_ratio.exp()
+    """-A clip(r, 0, U), unreduced: no lower clip. Without `cap_negative` (official code) r > U stays free for A < 0.
+
+    log r is bounded at +-20 (`bounded_ratio`), so no ratio, capped or free, has a gradient that is not finite.
+    """
+    ratio = bounded_ratio(log_ratio)
     capped = -advantages * ratio.clamp(max=upper)
     return capped if cap_negative else torch.maximum(-advantages * ratio, capped)
 
@@ -165,9 +170,12 @@ def lp_reg_loss(
     chosen = selected & mask
     if kl == "full":
         assert logits is not None
-        divergence = torch.where(chosen, proxy_kl(logits, log_q.detach()), zero)
+        # The chosen rows alone: about one in a hundred, and a `where` around all of them would let through NaN gradients.
+        divergence = torch.zeros_like(loss).masked_scatter(
+            chosen, proxy_kl(logits[chosen], log_q.detach()[chosen]).to(loss.dtype)
+        )
     else:
-        gap = torch.where(chosen, log_q.detach() - logp, zero)
+        gap = torch.where(chosen, log_q.detach().to(zero.dtype) - logp, zero)
         chosen = chosen & (gap > 0) if only_below else chosen
         divergence = torch.where(chosen, sampled_kl(gap, official_clamp=official_clamp), zero)
     total = mask.sum().clamp(min=1)

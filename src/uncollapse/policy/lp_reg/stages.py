@@ -16,7 +16,7 @@ from uncollapse.measure.min_p import check_threshold, min_p_proxy, passes_min_p
 from uncollapse.policy.batch import Batch, Columns, Stat, TokenMap, TokenMask
 from uncollapse.policy.lp_reg.loss import KNEE, capped_surrogate, lowest, proxy_kl, sampled_kl
 from uncollapse.policy.protocols import Metrics, Needs, Scope
-from uncollapse.policy.stages.surrogates import log_ratio
+from uncollapse.policy.stages.surrogates import log_ratio, ratio_of
 from uncollapse.policy.stats import Entropy, LogKeptMass, Logp, MaxLogp, Measured
 
 # ---- statistics --------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class LpReg:
             return {}
         mask, low = batch.mask, own["low"]
         regularised, noise = self._regularised(batch, own), torch.isneginf(self._log_q(batch))
-        ratio = log_ratio(batch).exp()
+        ratio = ratio_of(batch)
 
         def mean(values: Tensor, where: TokenMask) -> tuple[Tensor, Tensor]:
             return values.double()[where].sum(), where.double().sum()

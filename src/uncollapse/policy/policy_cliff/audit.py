@@ -14,8 +14,11 @@ from jaxtyping import Bool, Float, Int
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.policy.policy_cliff.bounds import tanh_bound
-from uncollapse.policy.policy_cliff.mdp import TIE
 from uncollapse.policy.policy_cliff.stability import EXHAUSTIVE
+
+ROUNDING = 1e-6
+"""Rewards that differ by less, relative to what was added up and at least to 1, are tied: trainers keep rewards in float32,
+whose rounding is 6e-8, and sum several."""
 
 _CELLS = 1 << 22
 
@@ -24,15 +27,17 @@ _CELLS = 1 << 22
 class RewardAudit:
     """Per prompt, how firmly its reward decides between the sampled answers. Entries are NaN where undefined.
 
-    `completions`, `answers`: how many were scorable, and how many different ones those are. `ties`: how many answers
-    share the best effective reward; `ties_by_reward[:, k]` the same under each reward alone. `best`: that reward. `gap`:
-    best minus the next answer, 0 for a tie, NaN with fewer than two answers. `flip` = gap / 2: the smallest sup-norm change
-    of the reward that can change the winner. `outside_gap`: best minus the best answer that is not tied with it.
+    `completions`, `answers`: how many have a reward, and how many different ones those are. `ties`: how many answers
+    share the best effective reward, which means being within `tolerance` of it; `ties_by_reward[:, k]` the same under each
+    reward alone, among the answers that have it (0 if none has). `best`: the best effective reward. `gap`: best minus the
+    next answer, 0 for a tie, NaN with fewer than two answers. `flip` = gap / 2: the smallest sup-norm change of the reward
+    that can change the winner. `outside_gap`: best minus the best answer that is not tied with it.
 
     `hard_tv`: how far a change within `shift` can move the policy that is uniform over the best answers: (m - 1) / m for a
-    tie of m, 1 once an answer outside can take over. `soft_tv`: the same for the Gibbs law base exp(reward / alpha); exact
-    where `exact`, else a lower bound, and never above `bound` = tanh(shift / (2 alpha)). `expected` reward and `entropy`
-    (nats) of that law say what the temperature costs and buys.
+    tie of m, 1 once an answer outside can take over. Where 2 shift is `outside_gap`, within `tolerance`, the n answers there
+    can join the m but not take over, which moves it by n / (m + n), if that is more. `soft_tv`: the same for the Gibbs law
+    base exp(reward / alpha); exact where `exact`, else a lower bound, and never above `bound` = tanh(shift / (2 alpha)).
+    `expected` reward and `entropy` (nats) of that law say what the temperature costs and buys.
     """
 
     completions: Int[np.ndarray, " prompt"]
@@ -47,6 +52,7 @@ class RewardAudit:
     exact: Bool[np.ndarray, " prompt"]
     expected: Float[np.ndarray, " prompt"]
     entropy: Float[np.ndarray, " prompt"]
+    tolerance: Float[np.ndarray, " prompt"]
     alpha: float
     shift: float
     bound: float
@@ -75,7 +81,7 @@ class RewardAudit:
 
 def audit_rewards(
     scores: Float[np.ndarray, "prompt sample reward"],
-    weights: Float[np.ndarray, " reward"] | Sequence[float] | None = None,
+    weights: Float[np.ndarray, "*each reward"] | Sequence[float] | None = None,
     alpha: float = 0.1,
     *,
     shift: float = 0.01,
@@ -83,14 +89,11 @@ def audit_rewards(
     base_logp: Float[np.ndarray, "prompt sample"] | None = None,
     tolerance: float | None = None,
 ) -> RewardAudit:
-    """Audit a full table of rewards; NaN marks what was not sampled or could not be scored.
-
-    `weights`: of the effective reward sum_k w_k R_k, 1 each by default, as trainers add rewards up. `alpha`: temperature,
-    reward per nat. `shift`: the largest reward change to guard against. `answer`: samples of one prompt with the same number
-    are one answer. For `base_logp` and the rest see `audit_completions`.
+    """Audit a full table of rewards; NaN marks what was not sampled or not scored. `shift`: the largest reward change to
+    guard against. Everything else as in `audit_completions`, with one entry for each prompt and sample.
     """
     prompts, samples, count = scores.shape
-    kept = ~np.isnan(scores).any(2).ravel()
+    kept = ~np.isnan(scores).all(2).ravel()
     prompt = np.repeat(np.arange(prompts), samples)
     return audit_completions(
         prompt[kept],
@@ -108,7 +111,7 @@ def audit_rewards(
 def audit_completions(
     prompt: Int[np.ndarray, " row"],
     scores: Float[np.ndarray, "row reward"],
-    weights: Float[np.ndarray, " reward"] | Sequence[float] | None = None,
+    weights: Float[np.ndarray, "*each reward"] | Sequence[float] | None = None,
     alpha: float = 0.1,
     *,
     shift: float = 0.01,
@@ -119,22 +122,27 @@ def audit_completions(
 ) -> RewardAudit:
     """Audit completions one per row, any number for each prompt; prompts are numbered from 0.
 
-    Rows with a NaN reward are left out. Samples of a prompt with the same `answer` are one answer, whose reward is their
-    mean (a judge may be noisy); without `answer` every row is one. The base law gives each answer the share of its samples,
-    which estimates the policy that sampled them; with `base_logp`, the log-probability of each answer, it is that law
-    restricted to the sampled answers, and equal answers count once. Rewards within `tolerance` (default 1e-9 max(1, |R|))
-    are tied.
+    The effective reward of a row is sum_k w_k R_k over the rewards that it has, as trainers of several domains add them
+    up (TRL); NaN marks those that it has not, and rows without any are left out. `weights`: 1 each by default, (reward,),
+    or (prompt, reward) where they depend on the prompt. `alpha`: temperature, reward per nat. `shift`: the largest reward
+    change to guard against. Samples of a prompt with the same `answer` are one answer, whose rewards are their means (a
+    judge may be noisy); without `answer` every row is one. The base law gives each answer the share of its samples, which
+    estimates the policy that sampled them; with `base_logp`, the log-probability of each answer, it is that law
+    restricted to the sampled answers, and equal answers count once. Rewards within `tolerance` are tied; the default is
+    1e-6 max(1, |R|) for each prompt, with its largest |R_k|, and sum_k |w_k R_k| for the effective reward, since sums that
+    cancel keep the rounding of their parts.
 
-    Raises `DataError` for infinite rewards or arrays that do not fit, `ConfigError` for weights, alpha or shift that make no
-    sense. Cost: a few sorts of the rows, and 2^13 numbers per prompt of 14 answers.
+    Raises `DataError` for infinite rewards or arrays that do not fit, `ConfigError` for weights, alpha, shift or tolerance
+    that make no sense. Cost: a few sorts of the rows, and 2^13 numbers per prompt of 14 answers.
 
     Source: arXiv 2507.20150, sections 2 and 4, for sampled answers; the exact worst case is derived here.
     """
-    w = _weights(scores, weights)
     if not (alpha > 0 and np.isfinite(alpha)):
         raise ConfigError(f"temperature {alpha:g} has to be above 0; the hard policy is reported beside it")
     if not (shift >= 0 and np.isfinite(shift)):
         raise ConfigError(f"shift {shift:g} has to be a number >= 0, in units of the reward")
+    if tolerance is not None and not (tolerance >= 0 and np.isfinite(tolerance)):
+        raise ConfigError(f"tolerance {tolerance:g} has to be a number >= 0, in units of the reward")
     infinite = np.isinf(scores).any(1)
     if infinite.any():
         raise DataError(
@@ -145,19 +153,31 @@ def audit_completions(
             f"{len(prompt)} prompt numbers for {len(scores)} rows of rewards; give one from 0 for each"
         )
     total = (int(prompt.max()) + 1 if len(prompt) else 0) if prompts is None else prompts
-    kept = ~np.isnan(scores).any(1)
+    if len(prompt) and prompt.max() >= total:
+        raise DataError(
+            f"prompt number {int(prompt.max())} (from 0) of {total} prompts; give the number of them all"
+        )
+    w = _weights(scores.shape[1], weights, total)
+    kept = ~np.isnan(scores).all(1)
     if base_logp is not None and not np.isfinite(base_logp[kept]).all():
         raise DataError(
             "base_logp is not finite for some scored row; a completion that was sampled has a probability"
         )
-    owner, rewards, log_base, completions = _answers(prompt, scores, answer, base_logp, kept, total)
     with np.errstate(over="ignore", invalid="ignore"):
-        columns = np.concatenate([rewards, (rewards @ w)[:, None]], 1)
-    if not np.isfinite(columns).all():
+        parts = scores * (w[prompt] if w.ndim == 2 else w)
+        owner, columns, log_base, completions = _answers(
+            prompt, np.column_stack([scores, np.nansum(parts, 1)]), answer, base_logp, kept, total
+        )
+    if np.isinf(columns).any() or np.isnan(columns[:, -1]).any():
         raise DataError("the weighted sum of the rewards overflows; scale them down")
     groups = _Groups(owner, total)
-    top = groups.largest(columns)
-    slack = TIE * np.maximum(1.0, groups.largest(np.abs(columns))) if tolerance is None else tolerance
+    top = groups.largest(np.where(np.isnan(columns), -np.inf, columns))
+    if tolerance is None:
+        size = groups.largest(np.abs(np.nan_to_num(columns)))
+        np.maximum.at(size[:, -1], prompt[kept], np.nansum(np.abs(parts[kept]), 1))
+        slack = ROUNDING * np.maximum(1.0, size)
+    else:
+        slack = np.full(top.shape, float(tolerance))
     tied = columns >= (top - slack)[owner]
     ties = groups.add(tied.astype(np.int64))
     effective, winners = columns[:, -1], tied[:, -1]
@@ -167,8 +187,9 @@ def audit_completions(
     outside_gap = np.where(np.isneginf(outside), np.nan, best - outside)
     multiple = ties[:, -1]
     gap = np.where(answers < 2, np.nan, np.where(multiple > 1, 0.0, outside_gap))
-    hard = np.where(shift > 0, (multiple - 1) / np.maximum(multiple, 1), 0.0)
-    hard = np.where(2 * shift > np.nan_to_num(outside_gap, nan=np.inf), 1.0, hard)
+    near = effective >= (top - slack)[owner, -1] - 2 * shift
+    joining = groups.add((near & ~winners)[:, None].astype(np.int64))[:, 0]
+    hard = _hard_tv(multiple, joining, outside_gap + slack[:, -1], shift)
     with np.errstate(over="ignore"):  # at a tiny temperature the others have probability 0
         logits = log_base + (effective - top[owner, -1]) / alpha
     p = np.exp(logits - groups.largest(logits[:, None])[owner, 0])
@@ -192,6 +213,7 @@ def audit_completions(
         exact=exact,
         expected=per_prompt(p * effective),
         entropy=per_prompt(-p * np.log(np.where(p > 0, p, 1.0))) + 0.0,
+        tolerance=np.where(undefined, np.nan, slack[:, -1]),
         alpha=float(alpha),
         shift=float(shift),
         bound=tanh_bound(shift, alpha),
@@ -215,13 +237,16 @@ def gibbs_tv(
     return np.asarray(0.5 * np.abs(laws[0] - laws[1]).sum(-1))
 
 
-def _weights(scores: np.ndarray, weights: np.ndarray | Sequence[float] | None) -> np.ndarray:
-    count = scores.shape[1]
+def _weights(count: int, weights: np.ndarray | Sequence[float] | None, prompts: int) -> np.ndarray:
+    """(reward,) or (prompt, reward), checked."""
     if count == 0:
         raise DataError("there is no reward to audit")
     w = np.ones(count) if weights is None else np.asarray(weights, dtype=np.float64)
-    if w.shape != (count,) or not np.isfinite(w).all() or not w.any():
-        raise ConfigError(f"weights {w.tolist()} do not fit; give {count} finite numbers, not all 0")
+    if w.shape not in ((count,), (prompts, count)) or not np.isfinite(w).all() or not w.any(-1).all():
+        given = w.tolist() if w.ndim == 1 else f"of shape {w.shape}"
+        raise ConfigError(
+            f"weights {given} do not fit; give {count} finite numbers, not all 0, once or for each prompt"
+        )
     return w
 
 
@@ -233,7 +258,8 @@ def _answers(
     kept: np.ndarray,
     total: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Different answers ordered by prompt: whose they are, mean rewards, log base mass; and scored rows per prompt."""
+    """Different answers ordered by prompt: whose they are, mean of each score (NaN: none), log base mass; and kept rows
+    per prompt."""
     rows = np.flatnonzero(kept)
     names = rows if answer is None else answer[rows]
     order = np.lexsort((names, prompt[rows]))
@@ -245,13 +271,16 @@ def _answers(
     size = np.diff(np.append(starts, len(rows)))
     if not len(rows):
         return mine, scores[rows], np.zeros(0), np.zeros(total, dtype=np.int64)
-    rewards = np.add.reduceat(scores[rows], starts) / size[:, None]
+    there = ~np.isnan(scores[rows])
+    count = np.add.reduceat(there.astype(np.int64), starts)
+    sums = np.add.reduceat(np.where(there, scores[rows], 0.0), starts)
+    most = np.maximum.reduceat(np.where(there, scores[rows], -np.inf), starts)
+    least = np.minimum.reduceat(np.where(there, scores[rows], np.inf), starts)
     # rounding of a mean of equal numbers must not break a tie
-    first = scores[rows[starts]]
-    equal = np.maximum.reduceat(scores[rows], starts) == np.minimum.reduceat(scores[rows], starts)
-    rewards = np.where(equal, first, rewards)
+    means = np.where(most == least, most, sums / np.maximum(count, 1))
+    means = np.where(count > 0, means, np.nan)
     log_base = np.log(size) if base_logp is None else np.add.reduceat(base_logp[rows], starts) / size
-    return mine[starts], rewards, log_base, np.bincount(mine, minlength=total)
+    return mine[starts], means, log_base, np.bincount(mine, minlength=total)
 
 
 @dataclass(frozen=True)
@@ -277,6 +306,14 @@ class _Groups:
             starts = np.flatnonzero(np.diff(self.owner, prepend=-1))
             found[self.owner[starts]] = operation.reduceat(values, starts)
         return found
+
+
+def _hard_tv(ties: np.ndarray, joining: np.ndarray, firm: np.ndarray, shift: float) -> np.ndarray:
+    """TV that a change within shift can reach: from `ties` best answers to one of them, to all of them and `joining` others,
+    or to others alone if twice the shift is beyond `firm`, their distance (NaN: there are none)."""
+    broken = np.where(shift > 0, (ties - 1) / np.maximum(ties, 1), 0.0)
+    joined = joining / np.maximum(ties + joining, 1)
+    return np.where(2 * shift > np.nan_to_num(firm, nan=np.inf), 1.0, np.maximum(broken, joined))
 
 
 def _worst_tv(p: np.ndarray, groups: _Groups, shift: float, alpha: float) -> tuple[np.ndarray, np.ndarray]:

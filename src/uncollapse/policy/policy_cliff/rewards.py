@@ -90,14 +90,15 @@ def effective_reward(
 
     `weights` are (K,) or (S, K), non-negative, adding up to 1 per state, and independent of the rewards. The map from
     (R_k) to R_eff is 1-Lipschitz from max_k |R_k| to |R_eff|. R_eff is the true multi-task objective only if
-    all tasks share their start distribution and the weights are their constant shares.
+    all tasks share their start distribution and the weights are their constant shares. An action is missing (-inf) where
+    a reward with weight above 0 says so; one with weight 0 has no say, so that a one-hot weight gives that reward.
 
     Raises `DataError` for weights that are no mixture. Source: arXiv 2507.20150, section 4.
     """
     mixture = _mixture(rewards, weights)
     missing = np.isneginf(rewards)
     mixed = np.einsum("sk,ksa->sa", mixture, np.where(missing, 0.0, rewards))
-    return np.where(missing.any(0), -np.inf, mixed)
+    return np.where(_missing(missing, mixture), -np.inf, mixed)
 
 
 def weight_bound(
@@ -109,12 +110,22 @@ def weight_bound(
 
     Weights add up to 1, so what all rewards share at (s, a) cancels; the bound is reached where the weight moves from
     the smallest reward to the largest. Derived here (the product of norms, sum_k |dw_k| max_k |R_k|, is looser by far
-    if rewards share an offset).
+    if rewards share an offset). Infinite where an action is missing (-inf) under one of the weights alone.
     """
-    distance = 0.5 * np.abs(_mixture(rewards, weights1) - _mixture(rewards, weights2)).sum(1)
-    legal = np.isfinite(rewards).all(0)
-    spread = np.where(legal, np.where(legal, rewards, 0.0).max(0) - np.where(legal, rewards, 0.0).min(0), 0.0)
+    one, two = _mixture(rewards, weights1), _mixture(rewards, weights2)
+    absent = np.isneginf(rewards)
+    gone = _missing(absent, one)
+    if (gone != _missing(absent, two)).any():
+        return float("inf")
+    largest, smallest = np.where(absent, -np.inf, rewards).max(0), np.where(absent, np.inf, rewards).min(0)
+    spread = np.subtract(largest, smallest, where=~gone, out=np.zeros_like(largest))
+    distance = 0.5 * np.abs(one - two).sum(1)
     return float((distance * spread.max(1)).max())
+
+
+def _missing(absent: np.ndarray, mixture: np.ndarray) -> np.ndarray:
+    """Actions, (state, action), that a reward with weight above 0 marks as missing."""
+    return np.asarray((absent & (mixture.T[:, :, None] > 0)).any(0))
 
 
 def _mixture(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -13,15 +13,19 @@ from uncollapse.policy.policy_cliff.audit import RewardAudit
 class AuditSummary:
     """Counts of prompts, and means or quantiles over the comparable ones (NaN if there are none).
 
+    `tolerance`: rewards of a prompt that are closer are tied; the smallest and the largest of the prompts, which differ
+    where it grows with the rewards.
     `comparable`: with at least two different scored answers; of these `tied` have several best answers (`flat` those that
-    give every answer the same reward) and `flipped` change a unique winner within `shift`. `tie_median`, `tie_largest`: size of the ties. `flip_median`: smallest reward change
-    that moves an untied winner. `hard_*`, `soft_*`: TV that a change within `shift` can reach, without and with
-    temperature `alpha`; `bound` holds for the latter. `given_up`: best minus expected reward at that temperature, mean.
-    `hard_entropy`, `soft_entropy`: mean entropy of the laws over the sampled answers (nats).
+    give every answer the same reward) and `flipped` have a unique winner that a change within `shift` can overtake or tie.
+    `tie_median`, `tie_largest`: size of the ties. `flip_median`: smallest reward change that moves an untied winner.
+    `hard_*`, `soft_*`: TV that a change within `shift` can reach, without and with temperature `alpha`; `bound` holds for
+    the latter. `given_up`: best minus expected reward at that temperature, mean. `hard_entropy`, `soft_entropy`: mean
+    entropy of the laws over the sampled answers (nats).
     """
 
     alpha: float
     shift: float
+    tolerance: tuple[float, float]
     prompts: int
     comparable: int
     tied: int
@@ -49,11 +53,12 @@ def summarise(audit: RewardAudit) -> AuditSummary:
     return AuditSummary(
         alpha=audit.alpha,
         shift=audit.shift,
+        tolerance=(_of(np.min, audit.tolerance[there]), _of(np.max, audit.tolerance[there])),
         prompts=len(there),
         comparable=int(there.sum()),
         tied=int(tied.sum()),
         flat=int((audit.ties == audit.answers)[tied].sum()),
-        flipped=int((untied & (audit.hard_tv == 1)).sum()),
+        flipped=int((untied & (audit.hard_tv > 0)).sum()),
         tie_median=_of(np.median, ties),
         tie_largest=int(ties.max()) if len(ties) else 0,
         answers_median=_of(np.median, audit.answers[there]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uncollapse.policy.batch import Batch, Columns
+from uncollapse.policy.batch import PARTS, Batch, Columns
 from uncollapse.policy.protocols import Needs, Scope
 from uncollapse.policy.stages.segments import equal_groups, group_index
 
@@ -13,17 +13,21 @@ from uncollapse.policy.stages.segments import equal_groups, group_index
 class DropDeadGroups:
     """Drop groups whose scorable rewards are all equal: they carry no signal but dilute the mean.
 
-    Rewards are compared exactly, so that rounding noise is never taken for variance.
+    Rewards are compared exactly, so that rounding noise is never taken for variance. Rows of part `tempered` stay: they
+    are imitated one by one, and a group that is right throughout is all signal.
     """
 
-    needs: Needs = frozenset({"reward", "group"})
+    needs: Needs = frozenset({"reward", "group", "part"})
     gives: frozenset[str] = frozenset({"keep"})
     scope: Scope = "rollout"
 
     def __call__(self, batch: Batch) -> Columns:
         """`keep`."""
         index, groups = group_index(batch.group)
-        return {"keep": ~equal_groups(batch.reward, index, groups)[index]}
+        keep = ~equal_groups(batch.reward, index, groups)[index]
+        if "part" in batch.columns:
+            keep = keep | (batch.columns["part"] == PARTS["tempered"])
+        return {"keep": keep}
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,15 @@ def log_ratio(batch: Batch) -> TokenMap:
     return batch.stats[Logp("now")] - batch.old_logp
 
 
+def bounded_ratio(difference: Tensor) -> Tensor:
+    """exp of a log ratio, bounded at +-20 as in verl: an infinite ratio that a clip silences would still have the gradient
+    0 x inf."""
+    return difference.clamp(-FARTHEST, FARTHEST).exp()
+
+
 def ratio_of(batch: Batch) -> TokenMap:
-    """pi / pi_old of the sampled token; its logarithm is bounded at +-20, as in verl, since an infinite ratio that the clip
-    silences would still have the gradient 0 x inf."""
-    return log_ratio(batch).clamp(-FARTHEST, FARTHEST).exp()
+    """pi / pi_old of the sampled token, bounded."""
+    return bounded_ratio(log_ratio(batch))
 
 
 def clip_losses(ratio: Tensor, advantage: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:

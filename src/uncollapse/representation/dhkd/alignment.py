@@ -69,25 +69,9 @@ def project_conflicting_gradients(
         ConfigError: no such priority or scope.
         DataError: a loss without a graph.
     """
+    _check(losses, priority, scope)
     tensors = [p for p in params if p.requires_grad]
-    if scope not in ("shared", "all"):
-        raise ConfigError(f"gradient alignment: scope is {scope!r}; give 'shared' or 'all'")
-    if not 0 <= priority < len(losses):
-        raise ConfigError(f"gradient alignment: priority is {priority}, there are {len(losses)} losses")
-    if not all(loss.requires_grad for loss in losses):
-        raise DataError("gradient alignment: a loss has no graph; compute all with gradients enabled")
-    found = [
-        torch.autograd.grad(
-            loss, tensors, retain_graph=retain_graph or k + 1 < len(losses), allow_unused=True
-        )
-        for k, loss in enumerate(losses)
-    ]
-    first = found[priority]
-    parts, dots = [], []
-    for k, gradients in enumerate(found):
-        dots.append(inner_product(gradients, first, losses[0]))
-        parts.append(gradients if k == priority else _projected(gradients, first, dots[-1], scope))
-    return AlignedGradients(tuple(parts), torch.stack(dots))
+    return _aligned(_gradients(losses, tensors, retain_graph), losses[0], priority, scope)
 
 
 def aligned_loss(
@@ -98,14 +82,29 @@ def aligned_loss(
 ) -> Float[Tensor, ""]:
     """The sum of the losses, whose `backward()` hands out the aligned gradients: for trainers that take one loss.
 
-    The backward passes happen here, at full precision of the graph, so a loss scale applied later protects no half-precision
-    gradient from underflow. With accumulation or several processes every part aligns its own gradients.
-    Arguments and errors as in `project_conflicting_gradients`.
+    What the losses reach beside `params` gets the plain sum of their gradients. The backward passes happen here, at full
+    precision of the graph, so a loss scale applied later protects no half-precision gradient from underflow. With
+    accumulation or several processes every part aligns its own gradients.
+
+    Args:
+        losses, priority, scope: as in `project_conflicting_gradients`.
+        params: parameters on which the gradients are aligned, all or some.
+
+    Raises:
+        ConfigError, DataError: as `project_conflicting_gradients`.
     """
-    tensors = [p for p in params if p.requires_grad]
+    _check(losses, priority, scope)
+    aligned = [p for p in params if p.requires_grad]
+    plain = _leaves_beside(aligned, losses)
+    found = _gradients(losses, [*aligned, *plain], retain_graph=False)
+    here = len(aligned)
+    total = _aligned([gradients[:here] for gradients in found], losses[0], priority, scope).total
+    rest = tuple(
+        _sum([g for g in of if g is not None])
+        for of in zip(*(gradients[here:] for gradients in found), strict=True)
+    )
     value = torch.stack([loss.detach() for loss in losses]).sum()
-    total = project_conflicting_gradients(losses, tensors, priority, scope).total
-    out: Tensor = _WithGradients.apply(value, total, *tensors)
+    out: Tensor = _WithGradients.apply(value, (*total, *rest), *aligned, *plain)
     return out
 
 
@@ -133,12 +132,64 @@ class GradientAlignment:
         aligned = project_conflicting_gradients(losses, tensors, self.priority, self.scope)
         self.dots = aligned.dots
         for parameter, gradient in zip(tensors, aligned.total, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                # autograd may give several parameters one tensor, or an expanded one, and clipping works in place
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            else:
+                parameter.grad = parameter.grad + gradient
 
     def step(self) -> None:
         """Update the parameters."""
         self.optimizer.step()
+
+
+def _check(losses: Sequence[Tensor], priority: int, scope: str) -> None:
+    if scope not in ("shared", "all"):
+        raise ConfigError(f"gradient alignment: scope is {scope!r}; give 'shared' or 'all'")
+    if not 0 <= priority < len(losses):
+        raise ConfigError(f"gradient alignment: priority is {priority}, there are {len(losses)} losses")
+    if not all(loss.requires_grad for loss in losses):
+        raise DataError("gradient alignment: a loss has no graph; compute all with gradients enabled")
+
+
+def _gradients(losses: Sequence[Tensor], tensors: Sequence[Tensor], retain_graph: bool) -> list[Gradients]:
+    """Of each loss, one entry per tensor."""
+    return [
+        torch.autograd.grad(
+            loss, tensors, retain_graph=retain_graph or k + 1 < len(losses), allow_unused=True
+        )
+        for k, loss in enumerate(losses)
+    ]
+
+
+def _aligned(found: Sequence[Gradients], like: Tensor, priority: int, scope: Scope) -> AlignedGradients:
+    first = found[priority]
+    parts, dots = [], []
+    for k, gradients in enumerate(found):
+        dots.append(inner_product(gradients, first, like))
+        parts.append(gradients if k == priority else _projected(gradients, first, dots[-1], scope))
+    return AlignedGradients(tuple(parts), torch.stack(dots))
+
+
+def _leaves_beside(tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves of the graphs of the losses that are not among `tensors`, in the order in which they are met."""
+    known = {id(tensor) for tensor in tensors}
+    found: list[Tensor] = []
+    waiting = [loss.grad_fn for loss in losses]
+    visited = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)  # of the nodes that add to .grad
+        if isinstance(leaf, Tensor) and leaf.is_leaf and id(leaf) not in known:
+            known.add(id(leaf))
+            found.append(leaf)
+        for following, _ in () if node is None else node.next_functions:
+            if following not in visited:
+                visited.add(following)
+                waiting.append(following)
+    return found
 
 
 def _projected(gradients: Gradients, first: Gradients, dot: Tensor, scope: Scope) -> Gradients:

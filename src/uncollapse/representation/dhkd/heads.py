@@ -6,6 +6,7 @@ it and a model without it, from the same seed, are the same model.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -150,19 +151,56 @@ class AuxiliaryMLP(nn.Module):
 
 
 class SeededDropout(nn.Module):
-    """Dropout whose masks depend on `seed` and the number of the call alone, and consume no global random number."""
+    """Dropout whose masks depend on `seed` and the number of the call alone, and consume no global random number.
+
+    The number of calls is part of the `state_dict`. A pass that activation checkpointing recomputes gets the mask of the call that it
+    repeats, which is known by its input among the last 64.
+
+    Raises:
+        DataError: in a backward pass: an input that none of those calls had.
+    """
 
     def __init__(self, p: float, seed: int) -> None:
         super().__init__()
         self.p, self.seed, self.calls = p, seed, 0
+        self._recent: deque[tuple[int, Tensor]] = deque(maxlen=64)
 
     def forward(self, x: Tensor) -> Tensor:
         """Zero entries with probability p and divide the others by 1 - p; the identity in evaluation."""
         if not self.training or not self.p:
             return x
-        generator = torch.Generator(device=x.device).manual_seed(self.seed * 1_000_003 + self.calls)
-        self.calls += 1
+        if torch._C._current_graph_task_id() >= 0:  # inside of a backward pass
+            call = self._repeated(_signature(x))
+        else:
+            call = self.calls
+            self.calls += 1
+            self._recent.append((call, _signature(x)))
+        generator = torch.Generator(device=x.device).manual_seed(self.seed * 1_000_003 + call)
         return x * torch.empty_like(x).bernoulli_(1 - self.p, generator=generator) / (1 - self.p)
+
+    def get_extra_state(self) -> Tensor:
+        """The number of calls, as a tensor: files of weights take nothing else."""
+        return torch.tensor(self.calls)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on from such a number."""
+        self.calls = int(state)
+        self._recent.clear()
+
+    def _repeated(self, signature: Tensor) -> int:
+        for call, known in reversed(self._recent):
+            if torch.equal(known, signature):
+                return call
+        raise DataError(
+            "dropout of the auxiliary head: a recomputed pass has an input of no recent call; leave the head out of the "
+            "checkpointed part, or take aux='linear'"
+        )
+
+
+def _signature(x: Tensor) -> Tensor:
+    """Numbers that tell inputs apart; they stay on the device."""
+    values = x.detach().double()
+    return torch.stack([values.sum(), values.square().sum(), values.new_tensor(x.numel())])
 
 
 def _read(features: Tensor, logits: Tensor, main: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class DualHeadLoss(nn.Module):
         loss: `binary_kl_norm_loss`, `binary_kl_loss`, or another of that signature.
         reduction: of the logit-level loss, "batch_mean" or "class_mean".
         align: parameters on which the gradients of both losses are aligned, usually `model.parameters()`; for trainers that
-            take one loss (see `aligned_loss`). None: their plain sum.
+            take one loss (see `aligned_loss`). All others get the plain sum. None: no alignment.
         scope: of the alignment.
 
     Raises:

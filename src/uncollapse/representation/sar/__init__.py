@@ -22,6 +22,7 @@ Differs from the paper / the official code:
 - The second pass runs on reliable rows alone where rows do not see each other; the code computes all and drops some.
 - The model stays in evaluation mode (no dropout), BatchNorm on statistics of the batch; the code uses training mode.
 - `reset` copies back adapted tensors and optimiser state; the code keeps a second copy of the model.
+- Half-precision models: adapted layers hold and compute in float32, else most of a step is rounded away; the code does nothing about it.
 - Language models: each token is a sample, with its full next-token entropy; not in the paper.
 """
 

@@ -125,11 +125,12 @@ class NoAdaptation(Adaptation):
     def forward(self, *args: Any, **keywords: Any) -> Float[Tensor, "*sample class"]:
         """Logits of a batch."""
         with torch.no_grad():
-            inputs = ModelInputs.of(args, keywords)
+            inputs = ModelInputs.of(args, keywords, self.model.forward)
             logits = self._logits(inputs)
-            entropy = shannon_entropy_from_logits(logits)
-            valid = inputs.valid(entropy)
-            self._note(logits, entropy, valid, torch.zeros_like(valid))
+            if logits.numel():
+                entropy = shannon_entropy_from_logits(logits)
+                valid = inputs.valid(entropy)
+                self._note(logits, entropy, valid, torch.zeros_like(valid))
             self.stats.batches += 1
         return logits
 

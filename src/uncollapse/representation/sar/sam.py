@@ -22,13 +22,22 @@ from uncollapse.errors import ConfigError
 
 
 def grad_norm(params: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Euclidean norm of the gradients of all parameters jointly; 0 without any."""
-    norms = [torch.linalg.vector_norm(p.grad).to(params[0]) for p in params if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else params[0].new_zeros(())
+    """Euclidean norm of the gradients of all parameters jointly, float32 or better; 0 without any."""
+    work = torch.promote_types(params[0].dtype, torch.float32)
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.grad.dtype, torch.float32))
+        for p in params
+        if p.grad is not None
+    ]
+    if not norms:
+        return params[0].new_zeros((), dtype=work)
+    return torch.linalg.vector_norm(torch.stack([norm.to(params[0].device, work) for norm in norms]))
 
 
 class SAM:
     """Wraps an optimiser; learning-rate schedules and parameter groups stay those of `optimizer`.
+
+    Keep parameters in float32: in half precision most of a small eps is rounded away (`Tent` and `SAR` see to it themselves).
 
     Args:
         optimizer: any `torch.optim.Optimizer`.
@@ -60,7 +69,7 @@ class SAM:
             scale = self.rho / (norm + 1e-12)
             moved = [(p, p.detach().clone(), p.grad) for p in self.params if p.grad is not None]
             for p, _, grad in moved:
-                p.add_(grad * scale.to(p))
+                p.add_(grad * scale.to(p.device))
         self.optimizer.zero_grad(set_to_none=True)
         try:
             yield norm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -37,7 +37,7 @@ class SAR(Tent):
         SGD step from theta with g2;  m <- L2 at first, then 0.9 m + 0.1 L2;  m < e_reset: reset(), m forgotten
 
     The second pass runs on the rows of S1 alone where that is exact: not with BatchNorm, nor where an input has no axis
-    of rows. Arguments and errors beyond those of `Tent`:
+    of rows (`row_wise` says which have one). Arguments and errors beyond those of `Tent`:
 
     Args:
         rho: radius of SAM, >= 0.
@@ -73,6 +73,7 @@ class SAR(Tent):
         skip: Sequence[str] | None = None,
         empty: Literal["skip", "momentum"] | None = None,
         compat: Literal["fixed", "official"] = "fixed",
+        row_wise: Collection[str] | None = None,
         logits_of: LogitsOf | None = None,
     ) -> None:
         _check(margin, reset_threshold, ema_decay, empty, compat)
@@ -84,6 +85,7 @@ class SAR(Tent):
             skip=skip,
             steps=steps,
             episodic=episodic,
+            row_wise=row_wise,
             logits_of=logits_of,
         )
         self.sam = SAM(self.optimizer, rho=rho)
@@ -100,6 +102,19 @@ class SAR(Tent):
         if kept is not None:
             self.optimizer.load_state_dict(kept)
         self._remember(None)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """As that of `Tent`, and m."""
+        return super().get_extra_state() | {"moving_loss": self._m}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on with such a state.
+
+        Raises:
+            DataError: it is that of other parameters.
+        """
+        super().set_extra_state(state)
+        self._remember(state["moving_loss"])
 
     def _margin(self, classes: int) -> float:
         self._classes = classes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from uncollapse.measure.entropy import shannon_entropy_from_logits
 from uncollapse.representation.sar.adaptation import Adaptation, LogitsOf
 from uncollapse.representation.sar.batch import ModelInputs
 from uncollapse.representation.sar.norms import collect_norm_params
+from uncollapse.representation.sar.precision import FullPrecision
 from uncollapse.representation.sar.sam import grad_norm
 
 LEARNING_RATE = 2.5e-4
@@ -31,7 +32,8 @@ class Tent(Adaptation):
     update that it causes. Samples that are not finite are left out. Of a language model each token is a
     sample; where `attention_mask` is 0 there is none.
 
-    BatchNorm layers use the statistics of the batch, as in the official code, so a batch of one is refused there.
+    BatchNorm layers use the statistics of the batch, as in the official code, so a batch of one is refused there. Adapted layers of a
+    half-precision model compute in float32 until `release()`, which rounds their weights (see `FullPrecision`).
 
     Args:
         model: see `Adaptation`. It is adapted in place and everything else in it is frozen, until `release()`.
@@ -40,6 +42,8 @@ class Tent(Adaptation):
         skip_last, skip: see `collect_norm_params`. Tent adapts all layers by default.
         steps: updates per batch; the logits returned are those before the last one.
         episodic: forget everything before each batch.
+        row_wise: names of the inputs that have an entry per row of logits, for methods that compute some rows again; the others go
+            to the model whole. None: all tensors, if all are as long as the first. Empty: rows are never taken out.
         logits_of: see `Adaptation`.
 
     Raises:
@@ -61,12 +65,15 @@ class Tent(Adaptation):
         skip: Sequence[str] | None = None,
         steps: int = 1,
         episodic: bool = False,
+        row_wise: Collection[str] | None = None,
         logits_of: LogitsOf | None = None,
     ) -> None:
         super().__init__(model, logits_of=logits_of)
         if steps < 1:
             raise ConfigError(f"{self.name}: steps is {steps}; give at least 1")
-        self.steps, self.episodic = steps, episodic
+        if isinstance(row_wise, str):
+            raise ConfigError(f"{self.name}: row_wise is {row_wise!r}; give a list of names")
+        self.steps, self.episodic, self.row_wise = steps, episodic, row_wise
         if optimizer is None:
             share = self._skip_last if skip_last is None else skip_last
             self.adapted = collect_norm_params(model, skip_last=share, skip=skip or ())
@@ -80,15 +87,18 @@ class Tent(Adaptation):
             self.adapted = _held_by(optimizer, model)
         self.optimizer = optimizer
         self._configure()
+        self._precision = FullPrecision(model, self.adapted.values())
+        if optimizer.state:  # momentum of before, in the dtype that the parameters have now
+            optimizer.load_state_dict(optimizer.state_dict())
         self._weights = {name: p.detach().clone() for name, p in self.adapted.items()}
-        self._optimizer_state = copy.deepcopy(optimizer.state_dict())
+        self._optimizer_state = copy.deepcopy(optimizer.state_dict()["state"])
 
     def forward(self, *args: Any, **keywords: Any) -> Float[Tensor, "*sample class"]:
         """Logits of a batch, detached, and an update after them. Works under `torch.no_grad` and `inference_mode`."""
         if self.episodic:
             self.reset()
         with torch.inference_mode(False), torch.enable_grad():
-            inputs = ModelInputs.of(args, keywords)
+            inputs = ModelInputs.of(args, keywords, self.model.forward, self.row_wise)
             if self._batch_norms and inputs.size == 1:
                 raise DataError(
                     f"{self.name}: a batch of one, but {self._batch_norms[0][0]} is a BatchNorm layer, whose statistics of one "
@@ -100,14 +110,44 @@ class Tent(Adaptation):
         return logits.detach()
 
     def reset(self) -> None:
-        """Back to the weights and the optimiser state at construction; counts go on."""
+        """Back to the weights and the optimiser's state at construction; its options, so a scheduled rate, and counts go on."""
         with torch.no_grad():
             for name, p in self.adapted.items():
                 p.copy_(self._weights[name])
-        self.optimizer.load_state_dict(copy.deepcopy(self._optimizer_state))
+        self.optimizer.load_state_dict(
+            self.optimizer.state_dict() | {"state": copy.deepcopy(self._optimizer_state)}
+        )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What a `state_dict` holds beside the model: the optimiser, and what `reset` goes back to."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "source_weights": dict(self._weights),
+            "source_optimizer": self._optimizer_state,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on with such a state.
+
+        Raises:
+            DataError: it is that of other parameters.
+        """
+        source = state["source_weights"]
+        if {name: p.shape for name, p in source.items()} != {
+            name: p.shape for name, p in self._weights.items()
+        }:
+            raise DataError(
+                f"{self.name}: the state is of parameters {_first(source)}, these are {_first(self._weights)}; build it with "
+                "the same options"
+            )
+        for name, p in self._weights.items():
+            p.copy_(source[name])
+        self._optimizer_state = copy.deepcopy(state["source_optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
     def release(self) -> nn.Module:
-        """The wrapped model with its present weights; frozen parameters, BatchNorm and training mode as they were."""
+        """The wrapped model with its present weights; frozen parameters, dtypes, BatchNorm and training mode as they were."""
+        self._precision.undo()
         for p, trainable in self._trainable:
             p.requires_grad_(trainable)
         for _, module, before in self._batch_norms:
@@ -119,6 +159,8 @@ class Tent(Adaptation):
     def _step(self, inputs: ModelInputs) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         logits = self._logits(inputs)
+        if not logits.numel():
+            return logits
         entropy = shannon_entropy_from_logits(logits)
         valid = inputs.valid(entropy)
         kept = valid & (entropy < self._margin(logits.shape[-1]))  # strict; NaN is not below anything
@@ -188,3 +230,8 @@ def _held_by(optimizer: Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
             "optimizer: it holds parameters that the model does not have; make it from this model's"
         )
     return {names[id(p)]: p for p in held}
+
+
+def _first(names: Iterable[str]) -> str:
+    every = list(names)
+    return ", ".join(every[:4]) + (", ..." if len(every) > 4 else "")

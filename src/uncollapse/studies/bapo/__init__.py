@@ -1,7 +1,9 @@
 """Reproduction of "BAPO: Stabilizing Off-Policy RL for LLMs via Balanced Policy Optimization with Adaptive Clipping" (2510.18927).
 
-A: what the search does to the share. B: when it acts at all. C: success and entropy against a fixed clip on stale data.
-D: the entropy-clip rule, and whether a fixed clip blocks the tokens it speaks of. The claims here were fixed before the run.
+A: what the search does to the share. B: when it acts at all. C: success and entropy against a fixed clip on stale data,
+and entropy against GRPO on policy. D: the entropy-clip rule, and whether a fixed clip blocks the tokens it speaks of. The
+claims here were fixed before the run but for C-entropy-grpo, added after the first one, in which its estimate was an
+observation.
 """
 
 from __future__ import annotations
@@ -78,6 +80,7 @@ def _rule(side: str, says: str) -> Claim:
 
 _SUCCESS = "unequal/bapo-minus-clip/reward"
 _ENTROPY = "unequal/bapo-minus-clip/entropy-at-reward"
+_ENTROPY_GRPO = "unequal/bapo-minus-on-policy/entropy-at-reward"
 _INERT = "equal/bapo-minus-start/largest"
 _MOVES = "unequal/bapo/high-moves"
 _BLOCKED = "unequal/clip/blocked-minus-positive/improbable"
@@ -113,10 +116,18 @@ STUDY = Study(
         ),
         Claim(
             id="C-entropy",
-            paper_says="BAPO preserves entropy.",
+            paper_says="BAPO preserves entropy, here against the symmetric clip [0.8, 1.2] on the same stale data.",
             measured="Entropy (nats/token) at equal success, 0.5 to 0.9, BAPO minus clip [0.8, 1.2], paired by seed.",
             criterion=Bound(_ENTROPY, ">=", 0.0, by="value"),
             effect=_ENTROPY,
+        ),
+        Claim(
+            id="C-entropy-grpo",
+            paper_says="BAPO preserves entropy, here against GRPO on policy: not lower at equal success.",
+            measured="Entropy (nats/token) at equal success, 0.5 to 0.9, BAPO minus GRPO with one update per rollout batch, "
+            "paired by seed. Added after the first run.",
+            criterion=Bound(_ENTROPY_GRPO, ">=", 0.0),
+            effect=_ENTROPY_GRPO,
         ),
         _rule("high", "Raising the upper bound lets entropy grow, through improbable positive tokens."),
         _rule("low", "Lowering the lower bound costs entropy, through improbable negative tokens."),

@@ -107,9 +107,10 @@ class Size:
     tokens: int = 40
     task: ModSum = field(default_factory=ModSum)
     model: str = "smollm2-135m"
+    shortest: int = 2  # characters of a critical token; the packaged model's tokens have one
 
 
-QUICK = Size(seeds=2, first=10, second=5, prompts=3, tokens=6, task=ModSum(4, 4, 4), model="tiny")
+QUICK = Size(seeds=2, first=10, second=5, prompts=3, tokens=6, task=ModSum(4, 4, 4), model="tiny", shortest=1)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -229,7 +230,8 @@ def measure(quick: bool, trials: Trials) -> Measurements:
     estimates = _branching(runs, seeds, middle, size.first) | _stages(runs, seeds, last)
     estimates["modsum/optimum/entropy"] = exact(size.task.max_entropy_optimum)
     language = trials.trial(
-        f"E4 {size.model}", partial(branch_a_model, size.model, size.prompts, size.tokens)
+        f"E4 {size.model}",
+        partial(branch_a_model, size.model, size.prompts, size.tokens, shortest=size.shortest),
     )
     estimates |= _language(language)
     details = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from uncollapse.errors import MissingExtra
 from uncollapse.measure.entropy import shannon_entropy_from_logits
 from uncollapse.models import MissingWeights, load
-from uncollapse.policy.cure import CureSampler, RolloutGroup, critical_tokens, left_pad
+from uncollapse.policy.cure import CureSampler, ModelWriter, RolloutGroup, critical_tokens
 from uncollapse.policy.cure.positions import Rows
 from uncollapse.tasks.gym import gym_task
 
@@ -26,71 +26,48 @@ MODELS = "SmolLM2-135M-Instruct on chain_sum of reasoning-gym, temperature 1"
 
 
 @dataclass
-class Writer:
-    """`generate` and `entropy` of a causal language model, for `CureSampler.rollout`.
+class Writer(ModelWriter):
+    """The first call writes `max_new_tokens` tokens per prompt, later ones `BRANCH_TOKENS`.
 
-    The first call writes `tokens` tokens per prompt, later ones `BRANCH_TOKENS`. `variety` keeps, for the responses of the
-    last `entropy`, the expected number of different tokens among `BRANCHES` draws at each position.
+    `variety` keeps, for the responses of the last `entropy`, the expected number of different tokens among `BRANCHES`
+    draws at each position.
     """
 
-    model: Any
-    tokenizer: Any
-    tokens: int
-    seed: int
-    calls: int = field(default=0, init=False)
     variety: Tensor = field(default_factory=lambda: torch.zeros(0, 0), init=False, repr=False)
 
-    @torch.no_grad()
     def generate(self, prompts: Rows) -> list[list[int]]:
         """One sampled continuation per prompt, its end of text included."""
-        ids, attention, _ = left_pad(prompts, self.tokenizer.pad_token_id)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.calls)
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=attention,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=BRANCH_TOKENS if self.calls else self.tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        self.calls += 1
-        return [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
+        written = super().generate(prompts)
+        self.max_new_tokens = BRANCH_TOKENS
+        return written
 
-    @torch.no_grad()
     def entropy(self, prompts: Rows, responses: Rows) -> Float[Tensor, "row time"]:
-        """Entropy (nats) of the distribution that each token was drawn from; a few rows at a time."""
+        """Entropy (nats) of the distribution that each token was drawn from."""
         longest = max(map(len, responses))
         entropy = torch.zeros(len(responses), longest)
         self.variety = torch.zeros(len(responses), longest)
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            logits = self.model(torch.tensor([[*prompt, *response]])).logits[0]
-            logp = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
+            logp = self.logp(prompt, response)
             entropy[row, : len(response)] = shannon_entropy_from_logits(logp)
             self.variety[row, : len(response)] = (1 - (1 - logp.exp()) ** BRANCHES).sum(-1)
         return entropy
 
-    def _until_end(self, row: Sequence[int]) -> list[int]:
-        end = self.model.generation_config.eos_token_id
-        ends = {*end} if isinstance(end, list) else {end, self.tokenizer.eos_token_id}
-        stop = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-        return list(row[:stop])
 
-
-def token_table(tokenizer: Any, size: int) -> Bool[Tensor, " vocab"]:
+def token_table(tokenizer: Any, size: int, shortest: int) -> Bool[Tensor, " vocab"]:
     """`critical_tokens` of a tokenizer, for a vocabulary of `size`."""
     decoded = [tokenizer.decode([token]) for token in range(size)]
-    return critical_tokens(decoded, special=[token for token in tokenizer.all_special_ids if token < size])
+    return critical_tokens(decoded, tokenizer.all_special_ids, shortest)
 
 
-def branch_a_model(name: str, prompts: int, tokens: int, seed: int = 0) -> dict[str, Any]:
+def branch_a_model(
+    name: str, prompts: int, tokens: int, seed: int = 0, *, shortest: int = 2
+) -> dict[str, Any]:
     """Branch answers of a model at critical and at random positions of the same answers.
 
     Per prompt, means over its originals: entropy of the answer and at the critical and the random position; different
     first tokens among the branches, sampled and expected. `broken` counts branches that do not continue prompt and
-    prefix, `short` critical tokens that the table excludes: both have to be 0. Empty where the model is not there.
+    prefix, `short` critical tokens that the table excludes: both have to be 0. `shortest` as in `critical_tokens`. Empty
+    where the model is not there.
     """
     try:
         model, tokenizer = load(name)
@@ -98,11 +75,11 @@ def branch_a_model(name: str, prompts: int, tokens: int, seed: int = 0) -> dict[
     except (MissingExtra, MissingWeights) as error:
         return {"missing": str(error), "prompts": []}
     asked = [_encoded(tokenizer, row["prompt"]) for row in rows]
-    table = token_table(tokenizer, model.config.vocab_size)
+    table = token_table(tokenizer, model.config.vocab_size, shortest)
     found: list[dict[str, float]] = [{} for _ in asked]
     counts = {"broken": 0, "short": 0, "rows": 0}
     for mode, label in (("entropy", "critical"), ("random", "random")):
-        writer = Writer(model, tokenizer, tokens, seed)
+        writer = Writer(model, tokenizer, tokens, seed=seed)
         sampler = CureSampler(
             samples=ORIGINALS * (1 + BRANCHES),
             branches=BRANCHES,

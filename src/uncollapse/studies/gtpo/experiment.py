@@ -51,16 +51,18 @@ _EXAMINATION = 1_000_000
 
 
 def arms() -> dict[str, Recipe]:
-    """GTPO, its ablations by leaving out a stage, and GRPO centred as GTPO is and as usual."""
-    gtpo = recipe("gtpo")
+    """GTPO, its ablations by leaving out a stage, and GRPO centred as GTPO is and as usual.
+
+    No two arms share a stage that remembers something: each is made from a GTPO of its own.
+    """
     centred = (GroupAdvantage(std=False),)
     return {
         "grpo": replace(recipe("grpo"), name="grpo-centred", advantage=centred),
         "grpo-std": recipe("grpo"),
-        "gtpo": gtpo,
-        "no-lambda": replace(gtpo, name="no-lambda", weights=(EntropyFilter(),)),
-        "no-delta": replace(gtpo, name="no-delta", weights=(ConflictWeights(),)),
-        "no-gamma": replace(gtpo, name="no-gamma", advantage=centred),
+        "gtpo": recipe("gtpo"),
+        "no-lambda": replace(recipe("gtpo"), name="no-lambda", weights=(EntropyFilter(),)),
+        "no-delta": replace(recipe("gtpo"), name="no-delta", weights=(ConflictWeights(),)),
+        "no-gamma": replace(recipe("gtpo"), name="no-gamma", advantage=centred),
     }
 
 

@@ -1,0 +1,39 @@
+"""The arguments of a forward pass by name, however they were given, and which tokens they call padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `module(*args, **kwargs)` by the names that its forward pass gives them; unnamed ones are left out."""
+    named = dict(kwargs)
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward written in C has no signature
+        return named
+    places = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    return dict(zip(places, args, strict=False)) | named
+
+
+def real_tokens(arguments: Mapping[str, Any]) -> Bool[Tensor, "batch token"] | None:
+    """True where a token is no padding, or None if no mask of two axes says so.
+
+    `attention_mask` (transformers) marks real tokens; `src_key_padding_mask` and `key_padding_mask` (torch) mark padding
+    with True or -inf. Of cross-attention the mask of the keys says nothing about the queries.
+    """
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.bool()
+    if arguments.get("query") is not arguments.get("key"):
+        return None
+    for name in ("src_key_padding_mask", "key_padding_mask"):
+        mask = arguments.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask == 0
+    return None
