@@ -296,7 +296,7 @@ def test_reading_a_parametrised_model_changes_nothing(llama, put_on):
         put_on(model)
         other = copy.deepcopy(model)
         other(given)
-        with uncollapse.watch(model, features=False) as seen:
+        with uncollapse.watch(model) as seen:
             model(given)
             seen.result(weights=True)
         assert model.state_dict().keys() == other.state_dict().keys()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import DataError
 from uncollapse.inspection.finite import finite_rows
+from uncollapse.inspection.weights import effective_weight
 from uncollapse.measure.class_statistics import CollapseReport, StreamingNC
 from uncollapse.measure.nearest_class import NC4Accumulator, NC4Report
 from uncollapse.measure.neural_collapse import ClassMoments, NCReport, between_classes, nc_report
@@ -43,8 +44,8 @@ class ClassTally:
             return
         moments = self._moments
         if moments is None:
-            weight = getattr(self._head, "weight", None)
-            count = len(weight) if isinstance(weight, Tensor) else int(classes.max()) + 1
+            weight = self._head_weight()
+            count = int(classes.max()) + 1 if weight is None else len(weight)
             width = features.shape[-1]
             moments = StreamingNC(count, width, pooled_cov=count <= width + 1, device=features.device)
         try:
@@ -123,6 +124,11 @@ class ClassTally:
         self.left_out = 0
 
     def _weight(self, moments: StreamingNC) -> Tensor | None:
-        weight = getattr(self._head, "weight", None)
-        fits = isinstance(weight, Tensor) and weight.shape == moments.mean.shape
-        return weight.detach() if isinstance(weight, Tensor) and fits else None
+        weight = self._head_weight()
+        return weight.detach() if weight is not None and weight.shape == moments.mean.shape else None
+
+    def _head_weight(self) -> Tensor | None:
+        try:
+            return effective_weight(self._head, "weight")
+        except AttributeError:  # a head of another kind
+            return None

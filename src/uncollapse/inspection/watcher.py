@@ -23,7 +23,7 @@ from uncollapse.inspection.classes import ClassSource, Seen, head_inputs
 from uncollapse.inspection.features import SpreadTally, block_outputs, head_of
 from uncollapse.inspection.finite import ReadableAttention
 from uncollapse.inspection.result import Inspection
-from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
+from uncollapse.inspection.weights import NO_PROJECTIONS, attention_logit_norms, weight_spectra
 
 _Found = TypeVar("_Found")
 
@@ -123,6 +123,8 @@ class Watcher:
         at_head = self._at_head
         collapse, frames = (computed("classes", at_head.report) if at_head else None) or (None, None)
         norms = computed("logit_norms", lambda: attention_logit_norms(self.model)) if heads else None
+        if norms == {}:
+            absent["logit_norms"] = NO_PROJECTIONS
         spectra = computed("weights", lambda: weight_spectra(self.model)) if weights else None
         nonfinite = {"attention": self._tally.nonfinite} if self._attention else {}
         if self._features:

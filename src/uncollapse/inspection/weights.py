@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -15,8 +15,32 @@ from torch.nn.utils import parametrize
 from uncollapse.errors import DataError
 from uncollapse.measure.spectra import effective_rank, stable_rank
 
-PROJECTIONS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("wq", "wk"), ("to_q", "to_k"))
-"""Names of the query and key projections in an attention module, beside torch's own fused ones and GPT-2's `c_attn`."""
+Heads: TypeAlias = Float[Tensor, "_ width _"]
+"""A projection cut into its heads: (head, width, input), other numbers of heads and inputs for queries and keys."""
+
+PROJECTIONS = (
+    ("q_proj", "k_proj"), ("query", "key"), ("query_proj", "key_proj"), ("q_lin", "k_lin"), ("wq", "wk"),
+    ("to_q", "to_k"), ("q", "k"),
+)  # fmt: skip
+"""Names of the query and key projections in an attention module, where each is a linear layer of its own."""
+
+FUSED: Mapping[str, tuple[Literal["blocks", "groups"], tuple[str, ...]]] = {
+    "qkv": ("blocks", ()),
+    "qkv_proj": ("blocks", ("phi3", "phi4_multimodal")),
+    "Wqkv": ("blocks", ("dbrx", "modernbert", "mpt")),
+    "query_key_value": ("groups", ("bloom", "falcon", "gpt_neox", "gpt_neox_japanese", "persimmon")),
+}
+"""Linear layers that hold queries, keys and values: how, and the model types where that is so (none given: any).
+
+"blocks": all queries, then all keys, then all values. "groups": for each key head its queries, its key and its value.
+"""
+
+NO_PROJECTIONS = (
+    "no attention module whose query and key weights can be told apart; looked for torch.nn.MultiheadAttention, c_attn of "
+    f"GPT-2, {', '.join('/'.join(pair) for pair in PROJECTIONS)}, "
+    + ", ".join(name + (f" of {', '.join(types)}" if types else "") for name, (_, types) in FUSED.items())
+)
+"""What to say of a model without logit norms."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +128,20 @@ def attention_logit_norms(model: nn.Module) -> dict[str, Float[Tensor, " head"]]
     """Spectral norm of the map from two inputs to their score, ||W_Q W_K^T||_2 / sqrt(head size), per layer and head.
 
     Rotary embeddings turn queries and keys and keep the order of magnitude; norms and biases on them are left out.
-    Empty if no attention module with query and key projections of a known name is there (`PROJECTIONS`).
+    The scale that a model gives its scores (T5 none) is left out too. Empty if query and key weights are nowhere to be told
+    apart (`NO_PROJECTIONS`).
 
     Source: the s of theorem 3.1 of Zhai et al. (2023), without the norm of the inputs.
     """
-    found = {}
+    found, configs = {}, {"": getattr(model, "config", None)}
     for name, module in model.named_modules():
-        pair = _projections(module)
+        configs[name] = getattr(module, "config", configs[name.rpartition(".")[0]])
+        pair = _projections(module, configs[name])
         if pair is None:
             continue
-        query, key, heads, kv_heads = pair
-        width = query.shape[0] // heads
-        q = query.double().reshape(heads, width, -1)
-        k = key.double().reshape(kv_heads, width, -1).repeat_interleave(heads // kv_heads, dim=0)
+        query, key = (weight.double() for weight in pair)
+        heads, width, _ = query.shape
+        q, k = query, key.repeat_interleave(heads // len(key), dim=0)
         # The singular values of A^T B are the roots of the eigenvalues of (A A^T)(B B^T), which is as small as a head.
         root = _cholesky_like(q @ q.mT)
         values = torch.linalg.eigvalsh(root.mT @ (k @ k.mT) @ root)
@@ -138,31 +163,56 @@ def query_key_weights(module: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
     return effective_weight(module, "q_proj_weight"), effective_weight(module, "k_proj_weight")
 
 
-def _projections(module: nn.Module) -> tuple[Tensor, Tensor, int, int] | None:
-    """Query and key weights as (out, in), query heads and key heads; None if this is no attention module we know."""
+def _projections(module: nn.Module, config: Any) -> tuple[Heads, Heads] | None:
+    """Weights of queries and keys by head; None if this is no attention module we know. `config` is the nearest one."""
     if isinstance(module, nn.MultiheadAttention):
-        return *query_key_weights(module), module.num_heads, module.num_heads
-    fused = getattr(module, "c_attn", None)
-    packed = effective_weight(fused, "weight") if isinstance(fused, nn.Module) else None
-    if isinstance(packed, Tensor) and hasattr(module, "num_heads") and packed.shape[1] == 3 * packed.shape[0]:
-        query, key, _ = packed.T.chunk(3)  # GPT-2 keeps (in, out)
-        heads = int(module.num_heads)  # type: ignore[arg-type]
-        return query, key, heads, heads
+        query, key = query_key_weights(module)
+        return query.unflatten(0, (module.num_heads, -1)), key.unflatten(0, (module.num_heads, -1))
+    packed = getattr(module, "c_attn", None)
+    if isinstance(packed, nn.Module) and isinstance(getattr(module, "num_heads", None), int):
+        weight = effective_weight(packed, "weight").T  # GPT-2 keeps (in, out)
+        if weight.shape[0] != 3 * weight.shape[1]:
+            return None
+        query, key, _ = weight.unflatten(0, (3, module.num_heads, -1))
+        return query, key
     for name_q, name_k in PROJECTIONS:
         of_query, of_key = getattr(module, name_q, None), getattr(module, name_k, None)
         if isinstance(of_query, nn.Linear) and isinstance(of_key, nn.Linear):
-            width = _head_width(module)
+            width = _first_int(module, _WIDTHS)
             if width is None or of_query.out_features % width or of_key.out_features % width:
                 return None
-            heads, kv_heads = of_query.out_features // width, of_key.out_features // width
-            if heads % kv_heads:
-                return None
-            return effective_weight(of_query, "weight"), effective_weight(of_key, "weight"), heads, kv_heads
+            query, key = (
+                effective_weight(one, "weight").unflatten(0, (-1, width)) for one in (of_query, of_key)
+            )
+            return None if len(query) % len(key) else (query, key)
+    return _fused_projections(module, config)
+
+
+def _fused_projections(module: nn.Module, config: Any) -> tuple[Heads, Heads] | None:
+    """The same of a module that holds queries, keys and values in one linear layer."""
+    for name, (layout, types) in FUSED.items():
+        fused = getattr(module, name, None)
+        if not isinstance(fused, nn.Linear):
+            continue
+        heads = _first_int(module, _HEADS) or _first_int(config, _HEADS)
+        if heads is None or (types and getattr(config, "model_type", None) not in types):
+            return None
+        width = _first_int(module, _WIDTHS) or fused.out_features // (3 * heads)
+        kv_heads, rest = divmod(fused.out_features - heads * width, 2 * width)
+        if rest or kv_heads < 1 or heads % kv_heads:
+            return None
+        by_head = effective_weight(fused, "weight").unflatten(0, (-1, width))
+        if layout == "blocks":
+            query, key, _ = by_head.split([heads, kv_heads, kv_heads])
+            return query, key
+        groups = by_head.unflatten(0, (kv_heads, -1))
+        return groups[:, :-2].flatten(0, 1), groups[:, -2]
     return None
 
 
-def _head_width(module: nn.Module) -> int | None:
-    for name in ("head_dim", "attention_head_size", "head_size"):
-        if isinstance(getattr(module, name, None), int):
-            return int(getattr(module, name))
-    return None
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
+_WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+def _first_int(owner: Any, names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(owner, name, None), int)), None)
