@@ -177,6 +177,10 @@ def test_what_is_refused_and_leaves_the_statistics_alone():
     for options in ({"n_min": 0}, {"tile": 0}, {"pairs": 0}, {"cdnv_power": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             statistics.compute(**options)
+    with pytest.raises(ConfigError, match="pairs is 'all'; give 'exact'"):
+        inspect.unwrap(StreamingNC.compute)(statistics, pairs="all")
+    with pytest.raises(TypeError, match="positional"):  # a bias would be taken for n_min
+        inspect.unwrap(StreamingNC.compute)(statistics, None, torch.ones(30))
     with pytest.raises(ConfigError, match="dtype"):
         StreamingNC(3, 2, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="0 classes"):
@@ -228,6 +232,29 @@ def test_both_refuse_the_same_samples(kind, change, message):
 def test_reading_a_report():
     report = CollapseReport({"nc1/ratio": 2.0}, {}, 1, 1, 0, 5, 0, 0)
     assert report["nc1/ratio"] == 2
+
+
+def test_rows_of_classes_that_do_not_count_may_hold_anything():
+    h, y = samples()
+    statistics = StreamingNC(30, 6).update(h, y)
+    W = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    unseen = statistics.count == 0
+    assert unseen.sum() >= 5
+    spoilt, means = W.masked_fill(unseen[:, None], torch.nan), statistics.mean.clone()
+    means[unseen] = torch.nan
+    assert statistics.compute(spoilt).values == statistics.compute(W).values
+    found, expected = (
+        NC4Accumulator(given, statistics.count, W).update(h, y).compute()
+        for given in (means, statistics.mean)
+    )
+    assert found == expected
+    once = statistics.count == 1
+    assert once.any()
+    with pytest.raises(DataError, match="W contains"):
+        statistics.compute(W.masked_fill(once[:, None], torch.inf))
+    assert statistics.compute(W.masked_fill(once[:, None], torch.inf), n_min=2).classes < 30
+    with pytest.raises(DataError, match="means contains"):
+        NC4Accumulator(means.masked_fill(once[:, None], torch.nan), statistics.count, W)
 
 
 def test_nearest_class_refuses_what_does_not_fit():

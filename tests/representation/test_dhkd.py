@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -246,6 +247,52 @@ REFUSED = (ConfigError, TypeCheckError)
 def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(REFUSED, match=words):
         binary_kl_loss(logits(0), logits(1), **options)
+
+
+@pytest.mark.parametrize("loss", [binary_kl_loss, binary_kl_norm_loss])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_no_logits_are_refused_where_they_count(loss: Any, value: float) -> None:
+    labels, whole = torch.arange(5), DualHeadLoss(loss=loss, align=[])
+    for spoilt in range(2):
+        pair = [logits(0).detach(), logits(1).detach()]
+        pair[spoilt][2, 3] = value if spoilt else math.nan
+        pair[0].requires_grad_()
+        assert loss(*pair, mask=torch.arange(5) != 2).isfinite()
+        with pytest.raises(DataError, match=r"the loss is (nan|inf), from logits"):
+            whole(DualLogits(pair[0], pair[0]), pair[1], labels)
+        student = DualLogits(pair[0], pair[0])
+        assert DualHeadLoss(loss=loss)(student, pair[1], labels.masked_fill(labels == 2, -100)).isfinite()
+    with pytest.raises(DataError, match="the loss is nan"):
+        whole(pair[0] * math.nan, pair[1], labels)
+
+
+def test_training_stops_before_a_row_spoils_the_weights() -> None:
+    model, (x, _, y) = tower(0), batch(0)
+    before = copy.deepcopy(model.state_dict())
+    x[3] = math.nan
+    with pytest.raises(DataError, match="the loss is nan"):
+        distill(model, nn.Linear(6, 4).double(), [(x, y)], torch.optim.SGD(model.parameters(), lr=0.1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("loss", [binary_kl_loss, binary_kl_norm_loss])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(1).bool(), torch.ones(6).bool(), torch.ones(5), torch.ones(5, 1).bool()]
+)
+def test_masks_that_are_none_are_refused(loss: Any, mask: Tensor) -> None:
+    """Called below the checks of shapes that only tests have."""
+    with pytest.raises(DataError, match="one bool per position"):
+        inspect.unwrap(loss)(logits(0), logits(1), mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"gamma": -1.0}, "gamma is -1"), ({"alpha": -0.1}, "alpha -0.1"), ({"alpha": math.nan}, "alpha nan"),
+     ({"tau": 0.0}, "tau is 0"), ({"tau": -2.0}, "tau is -2")],
+)  # fmt: skip
+def test_weights_and_temperature_are_checked_at_construction(options: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        DualHeadLoss(**options)
 
 
 def test_teacher_of_other_classes_is_refused() -> None:

@@ -275,6 +275,18 @@ def test_9_extreme_logits(dtype):
         assert torch.isfinite(own).all()
 
 
+def test_9_a_loss_scale_saves_small_gradients_of_float16():
+    s, t, y = problem(rows=4, classes=3000, scale=4.0)
+    half, scale = s.half(), 2.0**16
+    found = gradient(lambda x: scale * plackett_luce_distillation_loss(x, t.half(), y), half)
+    expected = gradient(
+        lambda x: scale * plackett_luce_distillation_loss(x, t.half().float(), y), half.float()
+    )
+    lost = (4 * expected / scale).half() == 0  # of each row's gradient, if it were rounded before the scale
+    assert float(lost.double().mean()) > 0.02
+    torch.testing.assert_close(found, expected.half())
+
+
 def test_9_a_common_offset_costs_no_precision():
     s, t, y = problem(rows=50, classes=40)
     exact = gradient(

@@ -1,4 +1,4 @@
-"""Features with their classes as instruments take them: any leading axes, a mask of positions, Torch or NumPy."""
+"""Features with their classes as instruments take them: any leading axes, a mask of positions, Torch or NumPy; what is refused."""
 
 from __future__ import annotations
 
@@ -58,12 +58,21 @@ def rows_inside(
                 "leave positions without a class out with mask"
             )
         classes = classes.long()
-    if not all(bool(end.isfinite()) for end in features.aminmax()):
+    if not finite(features):
         bad = int((~features.isfinite()).any(1).sum())
         raise DataError(
             f"{name}: {bad} of {len(features)} feature rows contain NaN or inf; leave them out with mask"
         )
     return features, classes
+
+
+def finite(values: Tensor, rows: Tensor | None = None) -> bool:
+    """Whether all numbers are finite, or all in some rows; rows are copied only where others are not."""
+
+    def all_of(part: Tensor) -> bool:
+        return not part.numel() or bool(torch.stack(part.aminmax()).isfinite().all())
+
+    return all_of(values) or (rows is not None and all_of(values[rows]))
 
 
 def _of_positions(given: Any, features: Tensor, name: str, what: str) -> Tensor:

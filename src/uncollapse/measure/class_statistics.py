@@ -23,7 +23,7 @@ from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure._blocks import BLOCK_ELEMENTS, blocks
-from uncollapse.measure._samples import Features, Labels, Mask, rows_inside
+from uncollapse.measure._samples import Features, Labels, Mask, finite, rows_inside
 from uncollapse.measure.class_geometry import (
     ClassMeans,
     duality,
@@ -156,11 +156,11 @@ class StreamingNC:
     def compute(
         self,
         W: Head | None = None,
+        *,
         n_min: int = 1,
         cdnv_power: float | int = 1,
         pairs: Literal["exact"] | int = 1_000_000,
         tile: int = 2048,
-        *,
         tile_dtype: torch.dtype = torch.float64,
         riesz: float | int | None = None,
         seed: int = 0,
@@ -170,7 +170,7 @@ class StreamingNC:
         Each is defined where it is computed: `variability`, `mean_geometry`, `duality` of `class_geometry`, `ClassPairs`.
 
         Args:
-            W: rows of the classifier (LM head), one per class, seen or not.
+            W: rows of the classifier (LM head), one per class, seen or not; those of classes that do not count may hold anything.
             n_min: least samples of a class that counts; 2 or more where variability matters.
             cdnv_power: p of CDNV; 2 is that of the paper's released table, which depends on the scale of features.
             pairs: "exact" visits all C'(C'-1)/2 pairs; a number draws so many, unless there are no more than that.
@@ -181,8 +181,12 @@ class StreamingNC:
 
         Raises:
             ConfigError: n_min, pairs or tile below 1, cdnv_power not above 0.
-            DataError: no class with n_min samples; W of another shape, or with NaN or inf.
+            DataError: no class with n_min samples; W of another shape, or with NaN or inf in a class that counts.
         """
+        if isinstance(pairs, str) and pairs != "exact":
+            raise ConfigError(
+                f"StreamingNC: pairs is {pairs!r}; give 'exact' for all of them, or how many to draw"
+            )
         if n_min < 1 or tile < 1 or not cdnv_power > 0 or (pairs != "exact" and pairs < 1):
             raise ConfigError(
                 f"StreamingNC: n_min={n_min}, pairs={pairs}, tile={tile}, cdnv_power={cdnv_power}; "
@@ -199,7 +203,7 @@ class StreamingNC:
         within = None if self.within is None else self.within / self.count.sum()
         values = variability(means, gram, count, scatter, within) | mean_geometry(means, gram)
         if W is not None:
-            values |= duality(means, gram, self._head(W))
+            values |= duality(means, gram, self._head(W, index))
         exponent = float(self.dim - 2 if riesz is None else riesz)
         over = ClassPairs(means, scatter / count, float(cdnv_power), exponent)
         every = pairs == "exact" or over.total <= pairs
@@ -244,12 +248,13 @@ class StreamingNC:
         if self.within is not None:
             self.within.addmm_((gap * weight[:, None]).T, gap)
 
-    def _head(self, W: Head) -> Tensor:
+    def _head(self, W: Head, counting: Int[Tensor, " used"]) -> Tensor:
         weight = torch.as_tensor(W).detach()
         if tuple(weight.shape) != (self.num_classes, self.dim):
             raise DataError(
                 f"StreamingNC: W has shape {tuple(weight.shape)}, expected ({self.num_classes}, {self.dim})"
             )
-        if not all(bool(end.isfinite()) for end in weight.aminmax()):
+        weight = weight.to(self.device)
+        if not finite(weight, counting):
             raise DataError("StreamingNC: W contains NaN or inf")
-        return weight.to(self.device)
+        return weight

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure._blocks import blocks
-from uncollapse.measure._samples import Features, Labels, Mask, rows_inside
+from uncollapse.measure._samples import Features, Labels, Mask, finite, rows_inside
 from uncollapse.measure.class_geometry import ClassMeans
 
 _SCORES = 1 << 22
@@ -96,7 +96,7 @@ class NC4Accumulator:
     classifier in `dtype`, and a block of scores.
 
     Args:
-        means: mean of each class (`StreamingNC.mean`).
+        means: mean of each class (`StreamingNC.mean`); those that cannot be chosen may hold anything.
         counts: samples per class (`StreamingNC.count`); classes with fewer than `n_min` cannot be chosen.
         W: rows of the classifier, one per class.
         b: its bias, if it has one.
@@ -129,12 +129,12 @@ class NC4Accumulator:
                 f"NC4Accumulator: means {tuple(mean.shape)}, W {tuple(weight.shape)}, b {tuple(bias.shape)}; "
                 "give one row of each per class"
             )
-        for name, given in (("means", mean), ("W", weight), ("b", bias)):
-            if not all(bool(end.isfinite()) for end in given.aminmax()):
-                raise DataError(f"NC4Accumulator: {name} contains NaN or inf")
         seen = torch.as_tensor(counts).to(mean.device) >= n_min
         if not bool(seen.any()):
             raise DataError(f"NC4Accumulator: no class has {n_min} samples, so there is no nearest mean")
+        for name, given, used in (("means", mean, seen), ("W", weight, None), ("b", bias, None)):
+            if not finite(given, used):
+                raise DataError(f"NC4Accumulator: {name} contains NaN or inf")
         self._unseen = ~seen
         self._head = _head_scores(weight, bias, dtype)
         self._means = _mean_scores(mean, seen.nonzero()[:, 0], dtype)

@@ -110,7 +110,8 @@ class _RankingLoss(torch.autograd.Function):
     def forward(ctx: Any, s: Tensor, rows: Tensor, choose: Choose, chunk: int | None) -> Tensor:
         work = s.dtype if s.dtype in _SPAN else torch.float32
         loss = torch.zeros(len(s), dtype=work, device=s.device)
-        gradient = torch.zeros_like(s) if ctx.needs_input_grad[0] else None
+        # not rounded to half precision before the scale of a loss has come: small entries would be lost
+        gradient = torch.zeros_like(s, dtype=work) if ctx.needs_input_grad[0] else None
         size = chunk or _CHUNK.get(s.device.type, _CHUNK["cpu"])
         for part in rows.split(max(1, size // s.shape[-1])) if len(rows) else ():
             s_part = s[part].to(work)
@@ -119,7 +120,8 @@ class _RankingLoss(torch.autograd.Function):
             s_part -= top  # the loss does not change, and large logits would cost precision
             loss[part], own = _value_and_gradient(s_part, *choose(part, s_part), gradient is not None)
             if gradient is not None:
-                gradient[part] = own.to(s.dtype)
+                gradient[part] = own
+        ctx.dtype = s.dtype
         ctx.save_for_backward(gradient)
         return loss
 
@@ -127,7 +129,7 @@ class _RankingLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * incoming[:, None].to(gradient.dtype), None, None, None
+        return (gradient * incoming[:, None].to(gradient.dtype)).to(ctx.dtype), None, None, None
 
 
 def _value_and_gradient(

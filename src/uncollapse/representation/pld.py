@@ -91,7 +91,8 @@ def plackett_luce_distillation_loss(
         DataError: logits or labels of shapes that do not belong together, a label that is no class, NaN or +inf, a class that the student
             excludes and the ranking wants.
 
-    Cost: a sort of the classes (a search with `top_k`), then O(C). Memory: a dozen times `chunk`, and the gradient.
+    Cost: a sort of the classes (a search with `top_k`), then O(C). Memory: a dozen times `chunk`, and the gradient in
+    float32 or better.
     """
     if not temperature > 0:
         raise ConfigError(f"pld: temperature is {temperature}; give a number above 0")

@@ -48,7 +48,9 @@ def binary_kl_loss(
 
     Raises:
         ConfigError: tau, clamp or reduction out of range.
-        DataError: shapes that differ.
+        DataError: logits of different shapes, or a mask that is not one of bool per position.
+
+    NaN gives NaN, which `DualHeadLoss` and `distill` refuse.
 
     Source: arXiv 2411.08937; official `distiller_zoo/BinaryKL.py`.
     """
@@ -116,15 +118,20 @@ def _operands(
             f"logit-level loss: student {tuple(logits.shape)} but teacher {tuple(teacher_logits.shape)}; both need the same "
             "positions and classes"
         )
+    if mask is not None and (mask.shape != logits.shape[:-1] or mask.dtype != torch.bool):
+        raise DataError(
+            f"logit-level loss: mask of {mask.dtype} {tuple(mask.shape)} for logits {tuple(logits.shape)}; give one bool per "
+            "position"
+        )
     if not tau > 0:
         raise ConfigError(f"logit-level loss: tau is {tau:g}; give a temperature above 0")
     if clamp is not None and not 0 < clamp < 0.5:
         raise ConfigError(f"logit-level loss: clamp is {clamp:g}; give a number between 0 and 0.5, or None")
     kind = torch.promote_types(logits.dtype, torch.float32)
     a, t = logits.to(kind), teacher_logits.detach().to(kind)
-    if mask is None:
-        return a, t
-    return torch.where(mask[..., None], a, 0), torch.where(mask[..., None], t, 0)
+    if mask is not None:
+        a, t = torch.where(mask[..., None], a, 0), torch.where(mask[..., None], t, 0)
+    return a, t
 
 
 def _reduced(each: Tensor, reduction: Reduction, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.representation.dhkd.alignment import Scope, aligned_loss
 from uncollapse.representation.dhkd.heads import DualLogits
 from uncollapse.representation.dhkd.losses import Reduction, binary_kl_norm_loss
@@ -43,9 +44,9 @@ class DualHeadLoss(nn.Module):
     evaluation, give gamma CE.
 
     Args:
-        gamma: weight of cross-entropy (default 1).
-        alpha: weight of the logit-level loss (default 1; the authors take 0.1 on ImageNet).
-        tau: temperature of the logit-level loss (default 2).
+        gamma: weight of cross-entropy, at least 0 (default 1).
+        alpha: weight of the logit-level loss, at least 0 (default 1; the authors take 0.1 on ImageNet).
+        tau: temperature of the logit-level loss, above 0 (default 2).
         loss: `binary_kl_norm_loss`, `binary_kl_loss`, or another of that signature.
         reduction: of the logit-level loss, "batch_mean" or "class_mean".
         align: parameters on which the gradients of both losses are aligned, usually `model.parameters()`; for trainers that
@@ -53,7 +54,7 @@ class DualHeadLoss(nn.Module):
         scope: of the alignment.
 
     Raises:
-        ConfigError: another reduction.
+        ConfigError: an option outside its range.
     """
 
     def __init__(
@@ -70,6 +71,12 @@ class DualHeadLoss(nn.Module):
         super().__init__()
         if reduction not in ("batch_mean", "class_mean"):
             raise ConfigError(f"DualHeadLoss: reduction is {reduction!r}; give 'batch_mean' or 'class_mean'")
+        if not (0 <= gamma < math.inf and 0 <= alpha < math.inf):
+            raise ConfigError(
+                f"DualHeadLoss: gamma is {gamma:g} and alpha {alpha:g}; give weights of at least 0"
+            )
+        if not 0 < tau < math.inf:
+            raise ConfigError(f"DualHeadLoss: tau is {tau:g}; give a temperature above 0")
         self.gamma, self.alpha, self.tau = gamma, alpha, tau
         self.loss, self.reduction = loss, reduction
         self.align, self.scope = None if align is None else list(align), scope
@@ -80,10 +87,16 @@ class DualHeadLoss(nn.Module):
         teacher_logits: Float[Tensor, "*position class"],
         labels: Int[Tensor, "*position"],
     ) -> Float[Tensor, ""]:
-        """The sum of both losses, whose `backward()` aligns their gradients where that was asked for."""
+        """The sum of both losses, whose `backward()` aligns their gradients where that was asked for.
+
+        Raises:
+            DataError: NaN or inf, which one row is enough for: a step would make all weights NaN. `parts` gives it back.
+        """
         if isinstance(logits, Tensor):
-            return self.gamma * _cross_entropy(logits, labels)
-        return self.join(self.parts(logits, teacher_logits, labels))
+            return _refuse_values(self.gamma * _cross_entropy(logits, labels))
+        losses = self.parts(logits, teacher_logits, labels)
+        _refuse_values(losses.total)
+        return self.join(losses)
 
     def parts(
         self,
@@ -102,6 +115,15 @@ class DualHeadLoss(nn.Module):
         if self.align is None or not torch.is_grad_enabled():
             return losses.total
         return aligned_loss(losses, self.align, scope=self.scope)
+
+
+def _refuse_values(loss: Tensor) -> Tensor:
+    if not bool(loss.isfinite()):
+        raise DataError(
+            f"DualHeadLoss: the loss is {float(loss.detach())}, from logits with NaN or inf; leave such rows out (label -100), or lower "
+            "the learning rate if it is the student that diverges"
+        )
+    return loss
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -132,6 +154,9 @@ def distill(
         optimizer: over the student's parameters.
         loss: weights, temperature and alignment; default `DualHeadLoss()`.
         auxiliary_steps: from this step on alpha counts as 0 (released ImageNet code: epoch 50 of 100); None never.
+
+    Raises:
+        DataError: a loss that is NaN or inf.
     """
     criterion = DualHeadLoss() if loss is None else loss
     student.train()
@@ -143,6 +168,7 @@ def distill(
         losses = criterion.parts(student(inputs), teacher_logits, labels)
         if auxiliary_steps is not None and step >= auxiliary_steps:
             losses = losses._replace(auxiliary=losses.auxiliary * 0)
+        _refuse_values(losses.total)
         optimizer.zero_grad(set_to_none=True)
         criterion.join(losses).backward()
         optimizer.step()

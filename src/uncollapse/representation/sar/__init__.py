@@ -15,12 +15,14 @@ Differs from the paper / the official code:
   So the first step from the source weights goes where the collapsed model was heading. Here the optimiser's state is reset.
 - e_reset is 0.2 nats in the code, whatever its argument says. Here it is 0.029 ln C, the same at C = 1000.
 - If no sample is reliable the code still takes a step on momentum alone. Here nothing changes.
-  `compat="official"` does all four as the code does.
+  `compat="official"` does all four as the code does; that was compared once, to 1e-14, and no test repeats it.
 - One NaN in a batch makes the code's weights NaN for good. Here samples that are not finite are left out and counted.
 - Which layers: a rule on blocks that names no architecture (`collect_norm_params`); the code lists names of ResNet and ViT.
   InstanceNorm and RMSNorm count as well.
 - The second pass runs on reliable rows alone where rows do not see each other; the code computes all and drops some.
 - The model stays in evaluation mode (no dropout), BatchNorm on statistics of the batch; the code uses training mode.
+- The default learning rate is the one for ResNets at batches of 64, whatever the model and the batch; the code takes four times that for
+  ViTs, and both in proportion to the batch.
 - `reset` copies back adapted tensors and optimiser state; the code keeps a second copy of the model.
 - Half-precision models: adapted layers hold and compute in float32, else most of a step is rounded away; the code does nothing about it.
 - Language models: each token is a sample, with its full next-token entropy; not in the paper.
