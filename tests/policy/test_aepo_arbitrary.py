@@ -40,7 +40,7 @@ from uncollapse.policy.batch import PARTS, Batch, Clock
 from uncollapse.policy.config import recipe_to_yaml, resolve
 from uncollapse.policy.metrics import rollout_metrics
 from uncollapse.policy.recipe import Recipe
-from uncollapse.policy.reduction import Mean
+from uncollapse.policy.reduction import Mean, Sum
 from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.samplers import PlainSampler
@@ -401,6 +401,36 @@ def test_09_replacement_keeps_the_number_of_rows(most: int, above: bool) -> None
     per_token = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
     per_token = torch.where(a < 0, torch.minimum(per_token, -3 * a), per_token)
     assert loss == pytest.approx(per_token[batch.mask].mean().item(), abs=1e-12)
+
+
+def test_09_a_tempered_token_weighs_what_any_other_does_in_every_optimiser_step() -> None:
+    made = with_sampler(recipe("aepo-arbitrary-replace"), samples=8, share=1.0)
+    _, batch = prepared(made, seed=2)
+    shares = []
+    for rows in torch.arange(len(batch)).roll(7).chunk(4):
+        plan = made.plan(batch[rows])
+        tokens = plan.mask.sum()
+        expected = plan.mask.double() / tokens
+        torch.testing.assert_close(plan.columns["map/surrogate"], expected, rtol=1e-12, atol=0)
+        shares.append(float(of_part(plan, "tempered").mask.sum() / tokens))
+    assert max(shares) > 1.5 * min(shares)
+
+
+@quick
+@given(seed=seeds, levels=st.sampled_from([(), ("row",), ("group",)]), parts=st.integers(1, 3))
+def test_09_a_joint_mean_ignores_parts(seed: int, levels: tuple[str, ...], parts: int) -> None:
+    made = replace(recipe("grpo"), name="joint", mean=Mean(levels, joint=True))
+    _, batch = prepared(made)
+    plain = replace(made, mean=Mean(levels)).plan(batch).columns["map/surrogate"]
+    part = torch.randint(0, parts, (len(batch),), generator=generator(seed))
+    found = made.plan(batch.with_columns(part=part)).columns["map/surrogate"]
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("mean", [Mean(), Mean(("row",)), Sum()])
+def test_09_a_mean_of_each_part_is_refused(mean: Mean | Sum) -> None:
+    with pytest.raises(ConfigError, match="give the recipe a mean with joint: true"):
+        replace(recipe("aepo-arbitrary-replace"), mean=mean)
 
 
 def test_09_without_a_positive_nothing_is_replaced() -> None:
