@@ -19,7 +19,7 @@ from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.batch import PARTS, join
 from uncollapse.policy.cure import CureSampler
 from uncollapse.policy.registry import recipe
-from uncollapse.policy.stages.samplers import PlainSampler
+from uncollapse.policy.stages.samplers import PlainSampler, dead_groups
 from uncollapse.policy.stats import Entropy
 from uncollapse.token_dump import read_dump
 
@@ -158,6 +158,22 @@ def test_cure_branches_within_the_limit_of_prompt_and_prefix(tmp_path):
             parent = int(raw.group[row]) * 4
             kept = raw.ids[parent, : int(cut[row])].tolist()
             assert raw.columns["prompt"][row] == [*raw.columns["prompt"][parent], *kept]
+
+
+def test_cure_branches_fresh_prompts_in_place_of_dead_groups(tmp_path):
+    rounds = replace(CURE, sampler=replace(CURE.sampler, rounds=6))
+    wide = {"max_steps": 1, "per_device_train_batch_size": 16}
+    trainer, _ = run(tmp_path, Watching, recipe=rounds, reward=toy.odd_prompts_are_dead, **wide)
+    raw = trainer.raw
+    assert len(raw) == 16
+    assert not dead_groups(raw).any()
+    assert len(trainer.rounds) > 2
+    branch = raw.columns["branch"] > 0
+    assert (raw.columns["cut"][branch] > 0).any()
+    for row in branch.nonzero()[:, 0].tolist():
+        parent = int(raw.group[row]) * 4
+        kept = raw.ids[parent, : int(raw.columns["cut"][row])].tolist()
+        assert raw.columns["prompt"][row] == [*raw.columns["prompt"][parent], *kept]
 
 
 def test_a_vocabulary_without_critical_tokens_is_warned_of(tmp_path):

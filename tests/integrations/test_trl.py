@@ -21,7 +21,8 @@ from uncollapse.errors import ConfigError, DataError
 from uncollapse.integrations import offers
 from uncollapse.integrations.trl import GRPOTrainer
 from uncollapse.policy.batch import Batch
-from uncollapse.policy.cure import CureSampler
+from uncollapse.policy.config import resolve
+from uncollapse.policy.cure import CureSampler, TwoStageSampler
 from uncollapse.policy.recipe import Weighted
 from uncollapse.policy.registry import recipe, recipes
 from uncollapse.policy.siren import Siren
@@ -254,7 +255,16 @@ def test_conformance_with_the_testbed(tmp_path, name):
             torch.testing.assert_close(ours, reference.grad, atol=1e-8, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["clip-cov", "adaptive-entropy"])
+def plateau():
+    """CURE until the second rollout, which is known by the rewards of both, so that a resume has to remember the first."""
+    sampler = TwoStageSampler(k=2, shortest=1, switch_step=None, patience=1, gain=10.0)
+    return replace(recipe("cure-two-stage"), name="plateau", sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["clip-cov", "adaptive-entropy", "siren", "aepo-arbitrary", pytest.param(plateau(), id="cure-two-stage")],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
     def train(folder, steps, resume=None):
         trainer = GRPOTrainer(
@@ -270,6 +280,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
     train(tmp_path / "cut", 2)
     resumed = train(tmp_path / "cut", 6, str(tmp_path / "cut" / "checkpoint-2"))
     assert resumed.recipe.state_dict() == whole.recipe.state_dict()
+    remembers = bool(whole.recipe.state_dict()["stages"])
+    assert (whole.recipe.state_dict() != resolve(name).state_dict()) == remembers
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -40,7 +40,7 @@ from uncollapse.policy.batch import PARTS, Batch, Clock
 from uncollapse.policy.config import recipe_to_yaml, resolve
 from uncollapse.policy.metrics import rollout_metrics
 from uncollapse.policy.recipe import Recipe
-from uncollapse.policy.reduction import Mean
+from uncollapse.policy.reduction import Mean, Sum
 from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.samplers import PlainSampler
@@ -69,7 +69,7 @@ def problem(seed: int, answers: int = 7, scale: float = 1.5) -> tuple[Tensor, Te
 
 
 def rows(seed: int, count: int = 6, time: int = 9) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp (leaf), old_logp, rewards in {0, 1}, a ragged mask with an empty row and one of a single token."""
+    """logp (leaf), old_logp, rewards in {0, 1}, a ragged mask with an empty row, one of a single token and one with holes."""
     g = generator(seed)
     old = -4 * torch.rand(count, time, generator=g, dtype=F64)
     logp = (old + 0.4 * torch.randn(count, time, generator=g, dtype=F64)).requires_grad_()
@@ -77,7 +77,10 @@ def rows(seed: int, count: int = 6, time: int = 9) -> tuple[Tensor, Tensor, Tens
     reward[2] = 1.0
     length = torch.randint(1, time + 1, (count,), generator=g)
     length[0], length[1] = 0, 1
-    return logp, old, reward, torch.arange(time) < length[:, None]
+    mask = torch.arange(time) < length[:, None]
+    mask[2] = True
+    mask[2, [0, 3, 4]] = False  # what a tool wrote between two turns
+    return logp, old, reward, mask
 
 
 def of_part(batch: Batch, name: str) -> Batch:
@@ -168,17 +171,30 @@ def _entropy_change(z: Tensor, step: Tensor) -> Tensor:
     return -(p * (logp + entropy(z)[:, None]) * step).sum(-1)
 
 
-def test_13_hot_positives_raise_and_hot_negatives_lower_the_entropy_of_random_laws() -> None:
+@pytest.mark.parametrize("family", ["independent", "with-mode", "without-mode"])
+def test_13_hot_positives_raise_and_hot_negatives_lower_the_entropy_of_random_laws(family: str) -> None:
+    """Laws over 3 to 40 answers; what is right knows nothing of the policy, or has its most likely answer, or lacks it."""
     g = generator(0)
-    laws, answers = 2000, 12
-    z = torch.randn(laws, answers, generator=g, dtype=F64)
+    laws, most = 2000, 40
+    answers = torch.randint(3, most + 1, (laws, 1), generator=g)
+    there = torch.arange(most) < answers
+    z = torch.randn(laws, most, generator=g, dtype=F64)
     z = z * (0.3 + 2.7 * torch.rand(laws, 1, generator=g, dtype=F64))
-    right = (torch.rand(laws, answers, generator=g) < 0.4).to(F64)
-    right[:, 0] = 1.0
-    right[:, 1] = 0.0
+    z = torch.where(there, z, -200.0)  # answers that do not exist, neither right nor wrong
+    mode = torch.nn.functional.one_hot(z.argmax(1), most).bool()
+    right = torch.rand(laws, most, generator=g) < torch.rand(laws, 1, generator=g)
+    if family != "independent":
+        right = right | mode if family == "with-mode" else right & ~mode
+    first = torch.where(mode, 2.0, torch.rand(laws, most, generator=g)).masked_fill(~there, 3.0).argsort(1)
+    # One of two answers that are not the mode is right and the other wrong, so that there is something to learn.
+    right = right.scatter(1, first[:, :1], True).scatter(1, first[:, 1:2], False)
+    right, wrong = (right & there).to(F64), (~right & there).to(F64)
+    if family != "independent":
+        assert bool((right.bool() & mode).any(1).all()) == (family == "with-mode")
+        assert bool((right.bool() & mode).any()) == (family == "with-mode")
     change = {
         (sign, t): _entropy_change(z, side * expected_aux_gradient(z, chosen, t))
-        for sign, side, chosen in (("positives", 1, right), ("negatives", -1, 1 - right))
+        for sign, side, chosen in (("positives", 1, right), ("negatives", -1, wrong))
         for t in (0.8, 1.0, 1.2)
     }
     for sign, way in (("positives", 1), ("negatives", -1)):
@@ -190,19 +206,20 @@ def test_13_hot_positives_raise_and_hot_negatives_lower_the_entropy_of_random_la
 
 
 @quick
-@given(seed=seeds)
-def test_05_limits_of_the_temperature(seed: int) -> None:
-    z, right = problem(seed)
-    p = z.softmax(-1)
-    for t, law in (
-        (1e7, right / right.sum()),
-        (1e-4, torch.nn.functional.one_hot((z + 1e9 * (right - 1)).argmax(), len(z)).to(F64)),
-    ):
-        tempered = (z / t).softmax(-1)
-        s = (tempered * right).sum()
-        if s < 1e-12:  # a cold policy that prefers a wrong answer finds nothing right
-            continue
-        found = expected_aux_gradient(z, right, t) / s + p
+@given(seed=seeds, wrong_mode=st.booleans())
+def test_05_limits_of_the_temperature(seed: int, wrong_mode: bool) -> None:
+    g = generator(seed)
+    # Logits at least 0.5 apart, so that a temperature that does not underflow yet tells the best two apart.
+    z = torch.linspace(-2, 2, 7, dtype=F64)[torch.randperm(7, generator=g)]
+    z = z + 0.1 * torch.rand(7, generator=g, dtype=F64)
+    order = z.argsort(descending=True)
+    right = (torch.rand(7, generator=g) < 0.5).to(F64)
+    right[order[0]], right[order[3]] = float(not wrong_mode), 1.0
+    best = torch.nn.functional.one_hot(z.masked_fill(right == 0, -math.inf).argmax(), 7).to(F64)
+    for t, law in ((1e7, right / right.sum()), (0.02, best)):
+        s = ((z / t).softmax(-1) * right).sum()
+        assert s > 0
+        found = expected_aux_gradient(z, right, t) / s + z.softmax(-1)
         torch.testing.assert_close(found, law, rtol=0, atol=1e-5)
 
 
@@ -316,7 +333,7 @@ def plain_loss(
         tokens, answers = tokens + n, answers + (n > 0)
         if reward[i] != 1 or n == 0:
             continue
-        for t in range(n):
+        for t in mask[i].nonzero()[:, 0].tolist():
             ratio = (logp[i, t] - old[i, t]).exp()
             gain = logp[i, t] if clip is None else torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))
             total = total + (gain / n if agg == "row" else gain)
@@ -401,6 +418,36 @@ def test_09_replacement_keeps_the_number_of_rows(most: int, above: bool) -> None
     per_token = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
     per_token = torch.where(a < 0, torch.minimum(per_token, -3 * a), per_token)
     assert loss == pytest.approx(per_token[batch.mask].mean().item(), abs=1e-12)
+
+
+def test_09_a_tempered_token_weighs_what_any_other_does_in_every_optimiser_step() -> None:
+    made = with_sampler(recipe("aepo-arbitrary-replace"), samples=8, share=1.0)
+    _, batch = prepared(made, seed=2)
+    shares = []
+    for rows in torch.arange(len(batch)).roll(7).chunk(4):
+        plan = made.plan(batch[rows])
+        tokens = plan.mask.sum()
+        expected = plan.mask.double() / tokens
+        torch.testing.assert_close(plan.columns["map/surrogate"], expected, rtol=1e-12, atol=0)
+        shares.append(float(of_part(plan, "tempered").mask.sum() / tokens))
+    assert max(shares) > 1.5 * min(shares)
+
+
+@quick
+@given(seed=seeds, levels=st.sampled_from([(), ("row",), ("group",)]), parts=st.integers(1, 3))
+def test_09_a_joint_mean_ignores_parts(seed: int, levels: tuple[str, ...], parts: int) -> None:
+    made = replace(recipe("grpo"), name="joint", mean=Mean(levels, joint=True))
+    _, batch = prepared(made)
+    plain = replace(made, mean=Mean(levels)).plan(batch).columns["map/surrogate"]
+    part = torch.randint(0, parts, (len(batch),), generator=generator(seed))
+    found = made.plan(batch.with_columns(part=part)).columns["map/surrogate"]
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("mean", [Mean(), Mean(("row",)), Sum()])
+def test_09_a_mean_of_each_part_is_refused(mean: Mean | Sum) -> None:
+    with pytest.raises(ConfigError, match="give the recipe a mean with joint: true"):
+        replace(recipe("aepo-arbitrary-replace"), mean=mean)
 
 
 def test_09_without_a_positive_nothing_is_replaced() -> None:
@@ -763,6 +810,25 @@ def test_rewards_that_cannot_be_scored_are_no_positives() -> None:
     mask = torch.tensor([[True, True], [True, True], [True, False], [True, True]])
     found = TemperedPositives()(Batch(torch.arange(4), mask, columns))["advantage"]
     assert found.tolist() == [[7.0, 7.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+
+
+def test_tokens_that_a_tool_wrote_inside_an_answer_take_no_part() -> None:
+    made = with_sampler(recipe("aepo-arbitrary"), share=1.0, alpha=0.5)
+    engine = LogitsEngine(TableLab(), Table())
+    batch = made.sampler(engine, list(range(5)), Clock())
+    hole = batch.mask & (torch.arange(6) == 1)
+    batch = replace(batch, mask=batch.mask & ~hole)
+    batch = made.prepare(engine.measure(batch, made.stats("rollout") | {Entropy("old"), Logp("old")}))
+    assert not batch.advantage[hole].any()
+    dirty = batch.with_stats({Entropy("old"): torch.where(hole, 99.0, batch.stats[Entropy("old")])})
+    policy = of_part(batch, "policy")
+    assert policy_entropy(dirty) == pytest.approx(policy.stats[Entropy("old")][policy.mask].mean().item())
+    plan = made.plan(batch)
+    assert not plan.columns["map/surrogate"][hole].any()
+    longest = of_part(plan, "tempered")
+    rows = longest.mask.any(1)
+    total = (longest.columns["map/surrogate"].sum(1) * len(longest[rows]) / 0.5)[rows]
+    torch.testing.assert_close(total, torch.ones_like(total))
 
 
 @quick

@@ -36,7 +36,7 @@ from uncollapse.policy.cure import (
 from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.filters import DropDeadGroups
-from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler
+from uncollapse.policy.stages.samplers import DynamicSampler, PlainSampler, dead_groups
 from uncollapse.policy.stats import Entropy, Logp
 from uncollapse.studies.testbeds.engine import LogitsEngine, Trainer
 from uncollapse.studies.testbeds.modsum import ModSum, ModSumLab, TablePolicy, correct
@@ -729,6 +729,8 @@ def test_what_a_model_cannot_write_is_refused(tiny):
         ({"keep": "head"}, "give one"),
         ({"prefix_limit": -1}, "number of tokens"),
         ({"shortest": -1}, "number of characters"),
+        ({"rounds": 0}, "rounds >= 1"),
+        ({"rounds": 2, "samples": 1, "branches": 0}, "at least 2 samples"),
         ({"max_prompt_len": 0}, "1 or more"),
     ],
 )
@@ -818,6 +820,35 @@ def test_the_two_stages_sample_what_they_say():
     assert "fresh_prompts" not in TwoStageSampler().needs
     with pytest.raises(ConfigError, match="rounds >= 1"):
         TwoStageSampler(rounds=0)
+
+
+def test_dead_groups_are_replaced_by_fresh_prompts_with_branches():
+    sampler = replace(SMALL, k=2)
+    task = ModSum(prompts=12, length=6, vocab=5)
+    _, once = modsum_batch(sampler, task=task)
+    _, batch = modsum_batch(replace(sampler, rounds=4), task=task)
+    dead = dead_groups(once)
+    assert 0 < int(dead.sum()) < len(once)
+    assert dead_groups(batch).sum() < dead.sum()
+    kept = int((~dead).sum())
+    assert torch.equal(batch.ids[:kept], once.ids[~dead])
+    assert torch.equal(batch.uid, torch.arange(96))
+    assert batch.group.tolist() == [group for group in range(12) for _ in range(8)]
+    assert torch.equal(batch.columns["family"].view(12, 8), once.columns["family"].view(12, 8))
+    for row in (batch.columns["branch"] > 0).nonzero()[:, 0].tolist():
+        parent, cut = (
+            int(batch.group[row]) * 8 + int(batch.columns["family"][row]),
+            int(batch.columns["cut"][row]),
+        )
+        assert batch.columns["prompt"][row] == batch.columns["prompt"][parent]
+        assert torch.equal(batch.ids[row, :cut], batch.ids[parent, :cut])
+    within, between = family_variance(batch.reward, batch.group, batch.columns["family"])
+    torch.testing.assert_close(batch.columns["within_family"], within[batch.group])
+    torch.testing.assert_close(batch.columns["between_families"], between[batch.group])
+    assert "fresh_prompts" in CureSampler(rounds=2).needs
+    assert "fresh_prompts" not in CureSampler().needs
+    with pytest.raises(ConfigError, match="leave rounds at 1"):
+        CureSampler(rounds=2).rollout(lambda rows: rows, lambda rows, _: torch.zeros(0, 0), [[1]])
 
 
 def test_a_plateau_is_seen_in_training_and_survives_a_checkpoint():

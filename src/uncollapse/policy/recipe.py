@@ -87,7 +87,10 @@ class _Slot:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method for reinforcement learning with verifiable rewards, as stages that any engine can run."""
+    """A method for reinforcement learning with verifiable rewards, as stages that any engine can run.
+
+    Raises `ConfigError` for a sampler with `joint` set and a mean without.
+    """
 
     name: str
     paper: str
@@ -101,6 +104,13 @@ class Recipe:
     weights: tuple[Transform, ...] = ()
     regularizers: tuple[Weighted, ...] = ()
     replay: Replay | None = None
+
+    def __post_init__(self) -> None:
+        if getattr(self.sampler, "joint", False) and not getattr(self.mean, "joint", False):
+            raise ConfigError(
+                f"{type(self.sampler).__name__} puts rows in the place of others, which have to weigh what those did; "
+                "give the recipe a mean with joint: true"
+            )
 
     # ---- what it needs -------------------------------------------------------------------------------------
 
@@ -442,9 +452,10 @@ def _scatter(value: Tensor, rows: Tensor, into: Tensor | None) -> Tensor:
 def _weight_map(slot: _Slot, batch: Batch) -> Tensor:
     where = batch.mask & batch.columns.get(f"own/{slot.key}/where", batch.mask)
     total = torch.zeros_like(batch.mask, dtype=torch.float64)
-    for name, rows in _parts(batch).items():
-        if name not in slot.parts:
-            continue
+    pools = [rows for name, rows in _parts(batch).items() if name in slot.parts]
+    if isinstance(slot.mean, Mean) and slot.mean.joint and len(pools) > 1:
+        pools = [torch.stack([rows for rows in pools if rows is not None]).any(0)]
+    for rows in pools:
         pool = batch if rows is None else replace(batch, mask=batch.mask & rows[:, None])
         total = total + slot.mean.weights(where & pool.mask, pool)
     if "scale" in batch.columns:

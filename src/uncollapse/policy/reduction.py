@@ -27,10 +27,14 @@ class Mean:
 
     `rows` says what the outermost level counts: its members that have a selected token (`"nonempty"`), or all
     that have a trainable one (`"all"`).
+
+    Each part of the batch (column `part`) has a mean of its own, which its `scale` weighs. With `joint` there is one mean
+    over the rows of all parts: rows that take the place of others count as those did.
     """
 
     levels: tuple[str, ...] = ()
     rows: Literal["nonempty", "all"] = "nonempty"
+    joint: bool = False
 
     @property
     def needs(self) -> frozenset[str]:

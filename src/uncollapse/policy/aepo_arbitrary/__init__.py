@@ -19,6 +19,8 @@ Differs from the paper / the official code:
   policy before the update, rather than as a mean of micro-batches.
 - A positive is an answer with reward 1, as in the formula, so groups that are right throughout count. The released code
   asks for a group-normalised advantage above 0.05, which drops them; so does `aepo-arbitrary-replace`.
+- Of several processes each draws its own share of prompts again, and each of `aepo-arbitrary-replace` replaces up to 60 of
+  its own rows; the released code up to 60 of all.
 - Which prompts are sampled again is drawn by the clock; the released code takes the first quarter of a shuffled batch.
 - No positive: the term is left out, where the released code fails.
 - A target out of reach is noticed (`EntropyController.patience`); `aepo-arbitrary-replace` has that off.
@@ -103,7 +105,7 @@ aepo_arbitrary_replace = register(
         sampler=ReplacingSampler(),
         filters=(DropReplaced(),),
         advantage=(GroupAdvantage(std=True), TemperedPositives()),
-        mean=Mean(),
+        mean=Mean(joint=True),
     )
 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -160,11 +160,13 @@ class ReplacingSampler(_SteeredSampler):
 
     The first `share` of the prompts is answered again. Positives are answers that beat their group by 0.05 deviations, so a
     group that is right throughout gives none. K = min(`most`, positives), halved above the target; K positives take the
-    place of the first K rows, which the filter `drop-replaced` leaves out of the loss. `scale` makes the two parts' token
-    means one token mean over both. The entropy is estimated as -log pi of all tokens that train, tempered ones
-    included, which is biased while both differ.
+    place of the first K rows, which the filter `drop-replaced` leaves out of the loss. For them to weigh what those would,
+    the recipe's mean has to be one over both parts (`joint`; another is refused). Of several processes each replaces up to `most` of its own
+    rows. The entropy is estimated as -log pi of all tokens that train, tempered ones included, which is biased while
+    both differ.
     """
 
+    joint: ClassVar[bool] = True
     share: float = 0.25
     patience: int = 0
     most: int = 60
@@ -189,11 +191,8 @@ class ReplacingSampler(_SteeredSampler):
         policy = policy.with_columns(replaced=replaced)
         if not count:
             return policy
-        chosen = tempered[positive[:count]]
-        kept, new = policy.mask[~replaced].sum(), chosen.mask.sum()
-        part = int(new) / max(int(kept + new), 1)
-        chosen = _marked(chosen, "tempered", part).with_columns(replaced=torch.zeros_like(replaced[:count]))
-        return join([policy.with_columns(scale=torch.full_like(policy.reward, 1 - part)), chosen])
+        chosen = _marked(tempered[positive[:count]], "tempered", 1.0)
+        return join([policy, chosen.with_columns(replaced=torch.zeros_like(replaced[:count]))])
 
     def observe(self, batch: Batch) -> None:
         """-log pi of the tokens that train, of both parts, for the next step's temperature."""

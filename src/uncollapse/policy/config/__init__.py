@@ -262,7 +262,8 @@ def mean_to_plain(mean: Mean | Sum) -> str | dict[str, Any]:
         return {"sum": {"divisor": mean.divisor, "per_row": mean.per_row}}
     if mean == Mean():
         return "token"
-    return {"levels": list(mean.levels), "rows": mean.rows}
+    joint = {"joint": True} if mean.joint else {}
+    return {"levels": list(mean.levels), "rows": mean.rows, **joint}
 
 
 def _number(schedule: Schedule) -> float | str | dict[str, Any]:

@@ -14,7 +14,7 @@ Differs from the paper / the official code:
 - Where a limit on the prefix applies, cuts beyond it are not candidates (`keep="reject"`). The released code keeps the
   first tokens of prompt and prefix, so that the branch silently starts before the critical token: `keep="head"`.
 - The released code fills up a step with fresh groups for those whose rewards are all equal (at most ten rounds). Here
-  they are dropped from the loss and not replaced; the second stage replaces them with `rounds` above 1.
+  they are dropped from the loss, and replaced only with `rounds` above 1, since that costs generation.
 - Groups are formed by number, in any batch size; the released code cuts the rollouts into chunks of a fixed size.
 - The README speaks of keeping the clauses before the critical token. The code cuts at the token; so do we.
 - An answer without any candidate is sampled again as a whole, as released.

@@ -25,7 +25,7 @@ from uncollapse.policy.cure.positions import (
     left_pad,
 )
 from uncollapse.policy.protocols import Engine, Metrics, Needs
-from uncollapse.policy.stages.samplers import PlainSampler
+from uncollapse.policy.stages.samplers import PlainSampler, refilled
 from uncollapse.policy.stages.segments import group_index
 from uncollapse.policy.stats import Entropy
 
@@ -65,6 +65,9 @@ class CureSampler:
     with a tokenizer makes it, of tokens with at least `shortest` characters (1 for a tokenizer of single characters,
     in whose vocabulary no token is critical otherwise).
 
+    Groups whose rewards are all equal are replaced by those of fresh prompts, branched in their turn, in at most `rounds`
+    rounds (the official code: 10); what is dead after the last stays. With 1, the default, nothing is replaced.
+
     With `branches=0` it is `PlainSampler`. Branches are on-policy continuations, but of prefixes chosen by entropy: the
     states that the group visits are not those of the policy, and nothing corrects for it. Defaults: the official
     script (4 + 12 = 16, k = 20).
@@ -78,6 +81,7 @@ class CureSampler:
     max_prompt_len: int | None = None
     keep: Keep = "reject"
     shortest: int = SHORTEST
+    rounds: int = 1
     temperature: float = 1.0
     token_ok: Bool[Tensor, " vocab"] | None = field(default=None, compare=False, repr=False)
     needs: Needs = field(default=frozenset({"ids", "length", Entropy("old")}), init=False, repr=False)
@@ -91,6 +95,10 @@ class CureSampler:
         if self.samples < 1 or self.branches < 0 or self.k < 1 or self.temperature <= 0:
             raise ConfigError(
                 f"cure: needs samples >= 1, branches >= 0, k >= 1 and temperature > 0; got {self}"
+            )
+        if self.rounds < 1 or (self.rounds > 1 and self.samples < 2):
+            raise ConfigError(
+                f"cure: needs rounds >= 1, and groups of at least 2 samples to replace those of equal rewards; got {self}"
             )
         if self.samples % (1 + self.branches):
             raise ConfigError(
@@ -115,6 +123,8 @@ class CureSampler:
                     f"cure: max_prompt_len is a number of tokens, 1 or more; got {self.max_prompt_len}"
                 )
             object.__setattr__(self, "needs", self.needs | {"prompt_length"})
+        if self.rounds > 1:
+            object.__setattr__(self, "needs", self.needs | {"fresh_prompts"})
 
     def for_vocabulary(self, decoded: Sequence[str], special: Iterable[int]) -> CureSampler:
         """The same sampler with the table of `critical_tokens`, unless it has one. Engines with a tokenizer call this.
@@ -131,7 +141,15 @@ class CureSampler:
         return self.samples // (1 + self.branches)
 
     def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
-        """Scored rows in group order; `uid` is the row's number. The second round samples at `clock.update + 1`."""
+        """Scored rows in group order; `uid` is the row's number. Branches are sampled at the clock's next update."""
+
+        def draw(rows: Sequence[Any], turn: int) -> Batch:
+            return self._branched(engine, rows, replace(clock, update=clock.update + 2 * turn))
+
+        return refilled(draw, engine, prompts, clock, samples=self.samples, rounds=self.rounds)
+
+    def _branched(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
+        """Originals and branches of these prompts."""
         first = PlainSampler(self.originals, self.temperature)(engine, prompts, clock)
         if not self.branches:
             return unbranched(first, self.samples)
@@ -181,13 +199,17 @@ class CureSampler:
         pad_id: int = 0,
         clock: Clock | None = None,
     ) -> RolloutGroup:
-        """The same two rounds with any generate function: `transformers`, an inference server, a script.
+        """Originals and branches with any generate function: `transformers`, an inference server, a script.
 
         `generate(prompts)` gives one continuation per prompt, `entropy(prompts, responses)` the entropy (nats) of the
         distribution that each token was drawn from, padded on the right. The entropy may be on any device; the result is on
         the CPU. Raises `DataError` for no prompts, for a prompt beyond `max_prompt_len`, and for a number of
-        continuations or a shape of the entropy that does not fit.
+        continuations or a shape of the entropy that does not fit; `ConfigError` for `rounds` above 1.
         """
+        if self.rounds > 1:
+            raise ConfigError(
+                "cure: rollout knows no rewards, so it cannot replace groups; leave rounds at 1"
+            )
         if not prompts:
             raise DataError("cure: there are no prompts; give at least one")
         clock = clock or Clock()

@@ -63,14 +63,14 @@ class TwoStageSchedule:
 class TwoStageSampler(CureSampler):
     """`CureSampler` until `TwoStageSchedule` says otherwise, then independent answers to the prompts alone.
 
-    `switch_step`, `patience` and `gain` are those of the schedule, which sees the mean reward of the originals. The second
-    stage is `DynamicSampler` with so many `rounds`; with 1, the default, dead groups are not replaced.
+    `switch_step`, `patience` and `gain` are those of the schedule, which sees the mean reward of the originals that train:
+    with `rounds` above 1, without most of the groups whose rewards are all equal. The second stage is `DynamicSampler`
+    with as many `rounds`.
     """
 
     switch_step: int | None = 300
     patience: int | None = None
     gain: float = 0.0
-    rounds: int = 1
     needs: Needs = field(
         default=frozenset({"ids", "length", "reward", Entropy("old")}),
         init=False,
@@ -85,8 +85,6 @@ class TwoStageSampler(CureSampler):
         DynamicSampler(self.samples, self.temperature, self.rounds)  # refuses what it cannot honour
         schedule = TwoStageSchedule(self.switch_step, self.patience, self.gain)
         object.__setattr__(self, "schedule", schedule)
-        if self.rounds > 1:
-            object.__setattr__(self, "needs", self.needs | {"fresh_prompts"})
 
     def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
         """Scored rows of the stage that the step belongs to, with the same columns in both."""

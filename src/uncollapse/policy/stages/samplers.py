@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,20 +58,39 @@ class DynamicSampler:
     def __call__(self, engine: Engine, prompts: Sequence[Any], clock: Clock) -> Batch:
         """Scored rows, as many as `PlainSampler` gives, live groups first."""
         plain = PlainSampler(self.samples, self.temperature)
-        batch = plain(engine, prompts, clock)
-        for turn in range(1, self.rounds):
-            dead = self.dead_groups(batch)
-            missing = int(dead.sum()) // self.samples
-            if not missing:
-                break
-            again = plain(engine, engine.fresh_prompts(missing, clock, turn), replace(clock, update=turn))
-            batch = join([batch[~dead], again])
-            uid = torch.arange(len(batch), device=batch.mask.device)
-            batch = replace(batch, uid=uid).with_columns(group=uid // self.samples)
-        return batch
 
-    @staticmethod
-    def dead_groups(batch: Batch) -> Bool[Tensor, " row"]:
-        """Rows whose group has no two different scorable rewards."""
-        index, groups = group_index(batch.group)
-        return equal_groups(batch.reward, index, groups)[index]
+        def draw(rows: Sequence[Any], turn: int) -> Batch:
+            return plain(engine, rows, replace(clock, update=clock.update + turn))
+
+        return refilled(draw, engine, prompts, clock, samples=self.samples, rounds=self.rounds)
+
+
+def refilled(
+    draw: Callable[[Sequence[Any], int], Batch],
+    engine: Engine,
+    prompts: Sequence[Any],
+    clock: Clock,
+    *,
+    samples: int,
+    rounds: int,
+) -> Batch:
+    """What `draw(prompts, 0)` gives, then up to `rounds - 1` times `draw(fresh prompts, turn)` in place of dead groups.
+
+    `draw` gives `samples` scored rows per prompt. Live groups stand first; `uid` and `group` number the rows anew.
+    """
+    batch = draw(prompts, 0)
+    for turn in range(1, rounds):
+        dead = dead_groups(batch)
+        missing = int(dead.sum()) // samples
+        if not missing:
+            break
+        batch = join([batch[~dead], draw(engine.fresh_prompts(missing, clock, turn), turn)])
+        uid = torch.arange(len(batch), device=batch.mask.device)
+        batch = replace(batch, uid=uid).with_columns(group=uid // samples)
+    return batch
+
+
+def dead_groups(batch: Batch) -> Bool[Tensor, " row"]:
+    """Rows whose group has no two different scorable rewards."""
+    index, groups = group_index(batch.group)
+    return equal_groups(batch.reward, index, groups)[index]

@@ -225,6 +225,7 @@ def token_arms() -> dict[str, Recipe]:
         base,
         sampler=replacing,
         filters=(DropReplaced(),),
+        mean=Mean(joint=True),
         advantage=(GroupAdvantage(std=True), TemperedPositives()),
     )
     reweighting = TemperedReweighting(target=0.7, patience=0)
