@@ -17,11 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.attention import counted_attention, no_attention
+from uncollapse.inspection.attention import AttentionTally, counted_attention, no_attention
 from uncollapse.inspection.class_tally import ClassTally
 from uncollapse.inspection.classes import ClassSource, Seen, head_inputs
 from uncollapse.inspection.features import SpreadTally, block_outputs, head_of
-from uncollapse.inspection.finite import FiniteAttention
 from uncollapse.inspection.result import Inspection
 from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
 
@@ -42,7 +41,7 @@ class Watcher:
     ) -> None:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self._attention, self._features = attention, features
-        self._tally, self._spread = FiniteAttention(), SpreadTally()
+        self._tally, self._spread = AttentionTally(), SpreadTally()
         self._classes, self._head, self._headless = classes, head, ""
         if features and head is None:
             try:
@@ -109,8 +108,12 @@ class Watcher:
 
         Raises nothing, whatever the model holds: what cannot be computed is in `absent`.
         """
-        blocks, heads = self._spread.blocks, self._tally.layers
-        absent = self._without_attention() | self._without_features() | self._without_classes()
+        blocks, layers = self._spread.blocks, self._tally.layers
+        heads = {layer: one for layer, one in layers.items() if bool(one.rows.any())}
+        broken = int(sum(float(one.nonfinite.sum()) for one in layers.values()))
+        absent = (
+            self._without_attention(bool(heads), broken) | self._without_features() | self._without_classes()
+        )
 
         def computed(part: str, compute: Callable[[], _Found]) -> _Found | None:
             try:
@@ -123,7 +126,7 @@ class Watcher:
         collapse, frames = (computed("classes", at_head.report) if at_head else None) or (None, None)
         norms = computed("logit_norms", lambda: attention_logit_norms(self.model)) if heads else None
         spectra = computed("weights", lambda: weight_spectra(self.model)) if weights else None
-        nonfinite = {"attention": self._tally.left_out} if self._attention else {}
+        nonfinite = {"attention": broken} if self._attention else {}
         if self._features:
             nonfinite |= {"features": self._spread.left_out, "classes": at_head.left_out if at_head else 0}
         for part, rows in nonfinite.items():
@@ -147,18 +150,13 @@ class Watcher:
         """Numbers for a logger, see `Inspection.scalars`; `weights` adds those of the weights, as in `result`."""
         return self.result(weights=weights).scalars(by_layer=by_layer)
 
-    def _without_attention(self) -> dict[str, str]:
-        """Why the attention of some layers, or of all, is not there."""
-        tally = self._tally
-        if tally.refused:
-            layer, reason = next(iter(tally.refused.items()))
-            more = f" (and {len(tally.refused) - 1} more layers)" if len(tally.refused) > 1 else ""
-            return {"attention": f"{layer}{more}: {reason}"}
-        if not self._attention or tally.layers:
+    def _without_attention(self, seen: bool, broken: int) -> dict[str, str]:
+        """Why there is no attention."""
+        if not self._attention or seen:
             return {}
-        if tally.left_out:
-            return {"attention": f"all {tally.left_out} rows contain NaN or inf"}
-        return {"attention": str(no_attention(self.model))}
+        return {
+            "attention": f"all {broken} rows contain NaN or inf" if broken else str(no_attention(self.model))
+        }
 
     def _without_features(self) -> dict[str, str]:
         """Why the features of some blocks, or of all, are not there."""
