@@ -267,6 +267,8 @@ def test_3_a_vocabulary_of_single_characters_has_critical_tokens_on_request_and_
     critical = batch.ids[parent].gather(1, cut[:, None])[:, 0]
     assert set(critical[cut > 0].tolist()) <= {4, 5, 6}
     assert sampler.for_vocabulary(["xx"], ()) is sampler
+    alone = CureSampler(branches=0)
+    assert alone.for_vocabulary(decoded, special) is alone
     with pytest.warns(UserWarning, match="every branch is a whole new answer"):
         CureSampler().for_vocabulary(decoded, special)
 

@@ -129,9 +129,9 @@ class CureSampler:
     def for_vocabulary(self, decoded: Sequence[str], special: Iterable[int]) -> CureSampler:
         """The same sampler with the table of `critical_tokens`, unless it has one. Engines with a tokenizer call this.
 
-        Warns where no token is critical.
+        Warns where no token is critical. Without branches nothing is cut, so that none is needed.
         """
-        if self.token_ok is not None:
+        if self.token_ok is not None or not self.branches:
             return self
         return replace(self, token_ok=critical_tokens(decoded, special, self.shortest))
 
