@@ -31,7 +31,11 @@ class ReadableAttention(AttentionTally):
         try:
             super().add_call(call, mask)
         except DataError as error:
-            self.refused[call.layer] = str(error)
+            self.refuse(call.layer, f"{call.layer}: {error}")
+
+    def refuse(self, layer: str, reason: str) -> None:
+        """Note why the attention of a layer cannot be read."""
+        self.refused[layer] = reason
 
     def clear(self) -> None:
         """Forget what was counted."""
