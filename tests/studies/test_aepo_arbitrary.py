@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from uncollapse.policy.aepo_arbitrary import expected_aux_gradient, group_advantage_gain
+from uncollapse.policy.batch import Clock
 from uncollapse.studies.aepo_arbitrary import STUDY, bandits, experiment
 from uncollapse.studies.aepo_arbitrary.bandits import Setting, run, run_divided_after_control, worst_offset
 from uncollapse.studies.aepo_arbitrary.experiment import ALPHAS, Size, token_arms, train_tokens, trial_count
-from uncollapse.studies.testbeds.modsum import ModSum
+from uncollapse.studies.testbeds.engine import LogitsEngine
+from uncollapse.studies.testbeds.modsum import ModSum, ModSumLab, TablePolicy
 
 
 @pytest.mark.parametrize("group", [4, 16])
@@ -58,11 +60,20 @@ def test_division_after_control_starts_from_the_held_law() -> None:
 
 def test_arms_on_tokens_share_everything_but_the_method() -> None:
     arms = token_arms()
-    assert len(arms) == 18
-    for arm in arms.values():
-        assert arm.sampler.samples == 8
+    assert len(arms) == 20
+    for name, arm in arms.items():
+        assert arm.sampler.samples == (16 if name in ("raw-16", "std-16") else 8)
         assert arm.surrogate == arms["raw"].surrogate
         assert replace(arm.mean, joint=False) == arms["raw"].mean
+
+
+def test_the_control_of_equal_generation_draws_as_many_answers_as_aepo() -> None:
+    task, arms = ModSum(prompts=3, length=2, vocab=4), token_arms()
+    policy = TablePolicy(task.initial_logits(torch.Generator().manual_seed(0)))
+    engine = LogitsEngine(ModSumLab(task), policy)
+    drawn = {name: len(arms[name].sampler(engine, [0, 1, 2], Clock())) for name in ("raw-16", "aepo-raw/0.7")}
+    assert drawn == {"raw-16": 48, "aepo-raw/0.7": 48}
+    assert replace(arms["std-16"], sampler=arms["std"].sampler) == arms["std"]
 
 
 def test_training_on_tokens_is_repeatable() -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from uncollapse.errors import ConfigError
+from uncollapse.errors import ConfigError, DataError
 from uncollapse.inspection.arguments import arguments_of, real_tokens
 from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, KeyMasks, attention_calls
 from uncollapse.inspection.nested import padded_layers
@@ -140,6 +140,30 @@ class AttentionTally:
         self._sums.clear()
         self._lowest.clear()
         self._masks = KeyMasks()
+
+
+class ReadableAttention(AttentionTally):
+    """Says of calls that cannot be read why, by layer in `refused`, instead of raising within the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: dict[str, str] = {}
+
+    def add_call(self, call: AttentionCall, mask: Bool[Tensor, "batch query"] | None = None) -> None:
+        """Count the rows of a call."""
+        try:
+            super().add_call(call, mask)
+        except DataError as error:
+            self.refuse(call.layer, f"{call.layer}: {error}")
+
+    def refuse(self, layer: str, reason: str) -> None:
+        """Note why the attention of a layer cannot be read."""
+        self.refused[layer] = reason
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        super().clear()
+        self.refused.clear()
 
 
 @contextmanager

@@ -17,11 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.attention import counted_attention, no_attention
+from uncollapse.inspection.attention import ReadableAttention, counted_attention, no_attention
 from uncollapse.inspection.class_tally import ClassTally
 from uncollapse.inspection.classes import ClassSource, Seen, head_inputs
 from uncollapse.inspection.features import SpreadTally, block_outputs, head_of
-from uncollapse.inspection.finite import ReadableAttention
 from uncollapse.inspection.result import Inspection
 from uncollapse.inspection.weights import NO_PROJECTIONS, attention_logit_norms, weight_spectra
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,11 +11,22 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from uncollapse.attention.sigma_reparam.estimate import as_blocks, power_step
 
-if TYPE_CHECKING:
-    from uncollapse.attention.sigma_reparam.parametrization import SigmaTracker
-
 Handed: TypeAlias = tuple[Tensor, Tensor, Tensor, int]
 """Left and right vector, sigma, and the version of the weight that they were computed from."""
+
+
+@runtime_checkable
+class Member(Protocol):
+    """A layer's power iteration, as the batch sees it."""
+
+    u: Tensor
+    v: Tensor
+    sigma: Tensor
+    blocks: int
+    n_power_iterations: int
+    training: bool
+    batch: PowerBatch | None
+    handed: Handed | None
 
 
 class PowerBatch:
@@ -26,12 +37,12 @@ class PowerBatch:
     it where calls cost more than arithmetic. Not for weights that are sharded over processes.
     """
 
-    def __init__(self, members: Sequence[tuple[SigmaTracker, ParametrizationList]]) -> None:
+    def __init__(self, members: Sequence[tuple[Member, ParametrizationList]]) -> None:
         self.members = list(members)
         for tracker, _ in self.members:
             tracker.batch = self
 
-    def take(self, tracker: SigmaTracker) -> Handed:
+    def take(self, tracker: Member) -> Handed:
         """What `tracker` was handed, or a new step for everybody; it is spent then."""
         if tracker.handed is None:
             self._step()

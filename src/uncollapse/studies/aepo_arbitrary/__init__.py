@@ -200,6 +200,16 @@ STUDY = Study(
                 for name in ("entropy", "reward", "distinct")
             ),
         ),
+        Observation(
+            "equal-generation",
+            "Added after the first runs: GRPO with groups of 16 instead of 8, which generates as many answers as AEPO, that "
+            "answers every prompt of these trials twice.",
+            tuple(
+                f"tokens/{arm}/{name}"
+                for arm in ("raw-16", "std-16")
+                for name in ("entropy", "reward", "distinct")
+            ),
+        ),
     ),
     limits=(
         "One bandit and one tabular task, no language model: a table shares nothing between prompts, and its answers have "

@@ -198,7 +198,8 @@ def _least_alpha(reached: Sequence[float]) -> float:
 def token_arms() -> dict[str, Recipe]:
     """Recipes on tokens: the tempered term with centred and with divided advantages, its variants, and entropy bonuses.
 
-    All have groups of 8, a token mean and GRPO's clip; every prompt is sampled again, so only alpha weighs the term.
+    All have groups of 8, a token mean and GRPO's clip; every prompt is sampled again, so only alpha weighs the term. The
+    two GRPO arms that end in 16 generate as much as that, in groups of 16.
     """
     base = replace(recipe("aepo-arbitrary"), mean=Mean())
     plain = replace(base, sampler=PlainSampler(samples=TOKEN_GROUP))
@@ -211,6 +212,8 @@ def token_arms() -> dict[str, Recipe]:
         return replace(plain, advantage=(GroupAdvantage(std=True),), **parts)
 
     arms = {"raw": replace(plain, advantage=(GroupAdvantage(std=False),)), "std": divided()}
+    twice = PlainSampler(samples=2 * TOKEN_GROUP)
+    arms |= {f"{name}-{twice.samples}": replace(made, sampler=twice) for name, made in arms.items()}
     for target in TOKEN_TARGETS:
         arms[f"aepo-raw/{target:g}"] = tempered(1.0, target, std=False)
         arms[f"aepo-std/{target:g}"] = tempered(1.0, target, std=True)
