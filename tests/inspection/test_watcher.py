@@ -19,6 +19,7 @@ from uncollapse.attention.entropy_guided_attention import (
 )
 from uncollapse.attention.sigma_reparam import apply_sigma_reparam
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.inspection.attention import attention_statistics
 from uncollapse.inspection.classes import head_inputs
 from uncollapse.inspection.features import blocks_of, head_of
 from uncollapse.inspection.weights import attention_logit_norms, weight_spectra
@@ -222,6 +223,19 @@ def test_padding_of_torch_s_layers_with_time_first_is_left_out():
     assert seen.result().blocks["layers.0"].effective_rank == pytest.approx(
         float(effective_rank(singular_values(hidden - hidden.mean(0)))), rel=1e-4
     )
+
+
+@torch.no_grad()
+def test_an_attention_that_is_not_understood_is_told_and_the_model_runs():
+    torch.manual_seed(0)
+    attention, x = nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True), torch.randn(2, 3, 8)
+    plain, _ = attention(x, x, x)
+    with uncollapse.watch(attention) as seen:
+        same, _ = attention(x, x, x)
+    assert torch.equal(same, plain)
+    assert "add_bias_kv" in seen.result().absent["attention"]
+    with pytest.raises(ConfigError, match="add_bias_kv"), attention_statistics(attention):
+        attention(x, x, x)
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -153,7 +154,11 @@ class ReadableAttention(AttentionTally):
         try:
             super().add_call(call, mask)
         except DataError as error:
-            self.refused[call.layer] = str(error)
+            self.refuse(call.layer, f"{call.layer}: {error}")
+
+    def refuse(self, layer: str, reason: str) -> None:
+        """Note why the attention of a layer cannot be read."""
+        self.refused[layer] = reason
 
     def clear(self) -> None:
         """Forget what was counted."""
@@ -176,13 +181,18 @@ def attention_statistics(model: nn.Module) -> Iterator[AttentionTally]:
 
 
 @contextmanager
-def counted_attention(model: nn.Module, tally: AttentionTally) -> Iterator[PaddingMask]:
-    """Within the context, count every attention of `model` in `tally`, without the queries that are padding."""
+def counted_attention(
+    model: nn.Module, tally: AttentionTally, *, refused: Callable[[str, str], Any] | None = None
+) -> Iterator[PaddingMask]:
+    """Within the context, count every attention of `model` in `tally`, without the queries that are padding.
+
+    `refused` as of `attention_calls`.
+    """
 
     def seen(call: AttentionCall) -> None:
         tally.add_call(call, padding.queries(call.query))
 
-    with padding_of(model) as padding, attention_calls(model, seen):
+    with padding_of(model) as padding, attention_calls(model, seen, refused=refused):
         yield padding
 
 

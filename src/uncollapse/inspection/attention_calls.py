@@ -83,15 +83,26 @@ class KeyMasks:
 
 
 @contextmanager
-def attention_calls(model: nn.Module, seen: Callable[[AttentionCall], Any]) -> Iterator[None]:
+def attention_calls(
+    model: nn.Module,
+    seen: Callable[[AttentionCall], Any],
+    *,
+    refused: Callable[[str, str], Any] | None = None,
+) -> Iterator[None]:
     """Within the context, call `seen` for every attention of a forward pass of `model`.
 
     The tensors are the kernel's own, with their gradient; keep none of them longer than the forward pass. What the model
     computes is not changed. What activation checkpointing computes again for the backward pass is told of once, when it
     was computed first.
+
+    Args:
+        refused: is told the layer and the reason where an attention is not understood.
+
+    Raises:
+        ConfigError: within the forward pass, where an attention is not understood and no `refused` is given.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    doors = _Doors(names, seen)
+    doors = _Doors(names, seen, refused)
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):
@@ -112,8 +123,13 @@ def recomputing() -> bool:
 class _Doors:
     """Who attends just now, and whether somebody has told of it already."""
 
-    def __init__(self, names: dict[int, str], seen: Callable[[AttentionCall], Any]) -> None:
-        self._names, self._seen = names, seen
+    def __init__(
+        self,
+        names: dict[int, str],
+        seen: Callable[[AttentionCall], Any],
+        refused: Callable[[str, str], Any] | None,
+    ) -> None:
+        self._names, self._seen, self._refused = names, seen, refused
         self._inside: list[str] = []
         self._told = 0
 
@@ -131,9 +147,20 @@ class _Doors:
         self._inside.append(self._names[id(module)])
         self._told += 1
         assert isinstance(module, nn.MultiheadAttention)
-        call = _multi_head_call(self._inside[-1], module, args, kwargs)
-        if not recomputing():  # only now: checkpointing wants the same graph both times
+        layer, attention = self._inside[-1], module
+        call = self.understood(layer, lambda: _multi_head_call(layer, attention, args, kwargs))
+        if call is not None and not recomputing():  # only now: checkpointing wants the same graph both times
             self._seen(call)
+
+    def understood(self, layer: str, read: Callable[[], AttentionCall]) -> AttentionCall | None:
+        """What `read` gives, or None once its ConfigError has been told."""
+        try:
+            return read()
+        except ConfigError as error:
+            if self._refused is None:
+                raise
+            self._refused(layer, str(error))
+            return None
 
     def name(self, module: nn.Module) -> str | None:
         """The name of a module of the model that is watched."""
@@ -235,8 +262,12 @@ def _interface(implementation: str, doors: _Doors) -> Iterator[None]:
             result = attend(module, query, key, value, attention_mask, *args, **kwargs)
         layer = doors.name(module)
         if layer is not None and not recomputing():
-            call = _interface_call(layer, implementation, module, query, key, attention_mask, kwargs)
-            doors.tell(replace(call, weights=_shown(result, module, kwargs)))
+            call = doors.understood(
+                layer,
+                lambda: _interface_call(layer, implementation, module, query, key, attention_mask, kwargs),
+            )
+            if call is not None:
+                doors.tell(replace(call, weights=_shown(result, module, kwargs)))
         return result
 
     table[implementation] = watched

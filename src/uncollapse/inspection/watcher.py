@@ -59,7 +59,7 @@ class Watcher:
             )
         with ExitStack() as stack:
             if self._attention:
-                stack.enter_context(counted_attention(self.model, self._tally))
+                stack.enter_context(counted_attention(self.model, self._tally, refused=self._tally.refuse))
             if self._features:
                 stack.enter_context(block_outputs(self.model, self._spread.add))
                 if self._at_head is not None:
@@ -153,9 +153,9 @@ class Watcher:
         """Why the attention of some layers, or of all, is not there."""
         tally = self._tally
         if tally.refused:
-            layer, reason = next(iter(tally.refused.items()))
+            reason = next(iter(tally.refused.values()))
             more = f" (and {len(tally.refused) - 1} more layers)" if len(tally.refused) > 1 else ""
-            return {"attention": f"{layer}{more}: {reason}"}
+            return {"attention": f"{reason}{more}"}
         if not self._attention or any(bool(one.rows.any()) for one in tally.layers.values()):
             return {}
         if tally.nonfinite:
