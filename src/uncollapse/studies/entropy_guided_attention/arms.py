@@ -66,6 +66,7 @@ ARMS: Mapping[str, Arm] = {
 """Architectures of the paper; the penalty per row (released code), per head (Algorithm 1), with thresholds frozen, without
 temperatures and without dead zone; and temperatures that start where the paper prints."""
 
+
 @dataclass(frozen=True)
 class Size:
     """How much of everything: the full study or a smoke run.

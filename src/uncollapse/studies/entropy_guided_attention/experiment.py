@@ -55,9 +55,9 @@ def summarize(runs: Mapping[str, Sequence[Run]], seeds: Sequence[int]) -> dict[s
     estimates["SM+ScFuFFN/diverged"] = mean_over_seeds(fused, seeds)
     for statistic in DIFFERENCES:
         arms, name = statistic.split("/")
-        pair = [column[arm][name] for arm in arms.split("-minus-")]
-        if all(math.isfinite(value) for values in pair for value in values):
-            estimates[statistic] = paired_difference(*pair, seeds)
+        treated, control = (column[arm][name] for arm in arms.split("-minus-"))
+        if all(map(math.isfinite, (*treated, *control))):
+            estimates[statistic] = paired_difference(treated, control, seeds)
     plain, normal = column["SM"], column["SM+LN+G"]
     lower = [float(a < b) for a, b in zip(plain["lowest_layer"], normal["lowest_layer"], strict=True)]
     failed = [float(a >= WORSE * b) for a, b in zip(plain["loss"], normal["loss"], strict=True)]
