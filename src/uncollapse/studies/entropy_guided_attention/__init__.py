@@ -21,7 +21,7 @@ import numpy as np
 
 from uncollapse.studies.claims import AllOf, Bound, Claim
 from uncollapse.studies.entropy_guided_attention.arms import ARMS
-from uncollapse.studies.entropy_guided_attention.experiment import DIFFERENCES, measure
+from uncollapse.studies.entropy_guided_attention.experiment import DIFFERENCES, HISTOGRAM, measure
 from uncollapse.studies.study import Measurements, Observation, Study
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ STUDY = Study(
         Observation(
             "overload",
             "Share of heads in the highest quarter: of the largest entropy observed (the paper), and of what a uniform causal head "
-            "has. Means of all four bins, by ln T too, are in the details, as are sinks and how many seeds diverged.",
-            tuple(f"{arm}/{name}" for arm in ARMS for name in ("overload", "overload_causal")),
+            "has. Means of all four bins of all arms, by ln T too, are in the details, as are sinks and how many seeds diverged.",
+            tuple(f"{arm}/overload" for arm in HISTOGRAM) + tuple(f"{arm}/overload_causal" for arm in ARMS),
         ),
         Observation(
             "collapse", "Mean entropy of the lowest layer.", tuple(f"{arm}/lowest_layer" for arm in ARMS)

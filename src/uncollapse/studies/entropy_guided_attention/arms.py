@@ -84,7 +84,7 @@ class Size:
     layers: int = 8
     held_out_rows: int = 128
     train_bytes: int = 1_000_000
-    looks: int = 10
+    looks: int = 6
 
 
 QUICK = Size(
