@@ -75,7 +75,7 @@ class Size:
     2.43 with 300 of 16, which read as many bytes.
     """
 
-    seeds: int = 8
+    seeds: int = 10
     steps: int = 600
     batch: int = 8
     context: int = 64
