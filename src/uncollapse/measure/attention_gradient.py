@@ -17,6 +17,10 @@ from torch.autograd.function import once_differentiable
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, scores_by_rows
 
+_FAINT = 1e-30
+"""A weight below this, beside the 1 of its row's largest, adds nothing. Left as it is, masked keys above all, its slope would
+underflow, and products of matrices full of such numbers take several times as long."""
+
 
 def attention_rows_with_gradient(
     query: Float[Tensor, "batch head query feature"],
@@ -72,7 +76,7 @@ class _Rows(torch.autograd.Function):
         above, entropy = above.masked_fill(blind, 0), entropy.masked_fill(blind, 0)
         for here, scores in scores_by_rows(grouped, key.mT, ctx.mask, ctx.softcap):
             end = scores.shape[-1]
-            weight = scores.exp()
+            weight = torch.threshold_(scores.exp(), _FAINT, 0.0)
             total = weight.sum(-1, keepdim=True)  # a = weight / total, ln a = scores - ln total
             slope = scores.sub_(total.log() - entropy[:, :, here, None])
             slope = (
