@@ -19,7 +19,6 @@ from uncollapse.attention.entropy_guided_attention import (
     TemperedAttention,
     attach_entropy_regularizer,
 )
-from uncollapse.errors import DataError
 from uncollapse.inspection.attention import attention_statistics, head_table
 from uncollapse.studies.testbeds.text import source_bytes
 
@@ -125,14 +124,12 @@ def look(model: ReducedDecoder, rows: Tensor) -> tuple[float, HeadEntropies | No
     """Held-out loss and the entropies of the heads, of one pass; none of a model whose scores are no numbers."""
     model.eval()
     total = 0.0
-    try:
-        with attention_statistics(model) as tally:
-            for part in rows.split(LOOK_ROWS):
-                total += float(next_byte_loss(model, part)) * len(part)
-    except DataError:
+    with attention_statistics(model) as tally:
+        for part in rows.split(LOOK_ROWS):
+            total += float(next_byte_loss(model, part)) * len(part)
+    model.train()
+    if tally.nonfinite:
         return math.nan, None
-    finally:
-        model.train()
     table = head_table(tally.layers)
     seen = HeadEntropies(tuple(tally.layers), table["entropy"], table["first"], rows.shape[1] - 1)
     return total / len(rows), seen
