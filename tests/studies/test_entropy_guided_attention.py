@@ -139,18 +139,20 @@ def test_verdicts_follow_the_numbers() -> None:
     assert verdicts(EReg=faked(2.02, 2.0, 0.3))["d-loss"] is Verdict.not_reproduced
 
 
-def test_details_are_means_up_to_the_last_look_of_all_seeds() -> None:
-    whole = faked(3.0, 2.0, 0.5) | {"step": [0, 1], "loss": [5.0, 3.0], "lowest_layer": [2.0, 1.0]}
-    whole |= {"theta": [0.4, 0.5, 0.6]}
-    broken = faked(4.0, 1.0, 0.0, diverged=True) | {"theta": [0.2, 0.3, 0.4]}
-    found = details({"EReg": [whole, broken]})["EReg"]
-    assert found["step"] == [0]
-    assert found["loss"] == [4.5]
-    assert found["lowest_layer"] == [1.5]
-    assert found["diverged"] == 1
-    assert found["bins"]["causal"] == [0, 0, 0.75, 0.25]
+def test_details_are_means_over_the_seeds_that_trained_to_the_end() -> None:
+    one = faked(3.0, 2.0, 0.5) | {"step": [0, 1], "loss": [5.0, 3.0], "lowest_layer": [2.0, 1.0]}
+    one |= {"theta": [0.4, 0.5, 0.6]}
+    other = one | {"loss": [5.0, 4.0], "theta": [0.2, 0.3, 0.4]}
+    broken = faked(9.0, 0.0, 1.0, diverged=True)
+    found = details({"EReg": [broken, one, other]})["EReg"]
+    assert found["losses"] == [None, 3.0, 4.0]
+    assert found["step"] == [0, 1]
+    assert found["loss"] == [5.0, 3.5]
+    assert found["lowest_layer"] == [2.0, 1.0]
+    assert found["bins"]["causal"] == [0, 0, 0.5, 0.5]
     assert found["theta"] == [0.3, 0.4, 0.5]
     assert "temperature" not in found
+    assert details({"SM": [broken]})["SM"]["loss"] == [9.0]
 
 
 @pytest.mark.parametrize("peak", LADDER)

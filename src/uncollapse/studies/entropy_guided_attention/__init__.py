@@ -126,7 +126,7 @@ STUDY = Study(
         Observation(
             "overload",
             "Share of heads in the highest quarter: of the largest entropy observed (the paper), and of what a uniform causal head "
-            "has. Means of all four bins of all arms, by ln T too, are in the details, as are sinks and how many seeds diverged.",
+            "has. Means of all four bins of all arms, by ln T too, are in the details, as are sinks; null losses there are seeds that diverged.",
             tuple(f"{arm}/overload" for arm in HISTOGRAM) + tuple(f"{arm}/overload_causal" for arm in ARMS),
         ),
         Observation(

@@ -109,26 +109,27 @@ DIFFERENCES = (
 
 
 def details(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
-    """Means over seeds of every arm: its curves up to the last look that all of them reached, heads and parameters at the end."""
+    """Every arm's curves, heads and parameters: means over the seeds that trained to the end, or over all if none did."""
     return {arm: _mean_run(several) for arm, several in runs.items()}
 
 
 def _mean_run(several: Sequence[Run]) -> dict[str, Any]:
-    looks = min(len(run["step"]) for run in several)
+    kept = [run for run in several if not run["diverged"]] or several
+    looks = min(len(run["step"]) for run in kept)
+    first = kept[0]
 
     def mean(lists: Sequence[Sequence[float]]) -> list[float]:
         return [round(float(value), 4) for value in np.mean(lists, axis=0)]
 
-    first = several[0]
     return {
+        "losses": [None if run["diverged"] else run["loss"][-1] for run in several],
         "step": first["step"][:looks],
-        **{name: mean([run[name][:looks] for run in several]) for name in ("loss", "lowest_layer")},
-        "diverged": sum(run["diverged"] for run in several),
-        "bins": {name: mean([run["bins"][name] for run in several]) for name in first["bins"]},
-        "sink": mean([[run["sink"]] for run in several])[0],
-        "layers": mean([run["layers"] for run in several]),
+        **{name: mean([run[name][:looks] for run in kept]) for name in ("loss", "lowest_layer")},
+        "bins": {name: mean([run["bins"][name] for run in kept]) for name in first["bins"]},
+        "sink": mean([[run["sink"]] for run in kept])[0],
+        "layers": mean([run["layers"] for run in kept]),
         **{
-            name: mean([run[name] for run in several])
+            name: mean([run[name] for run in kept])
             for name in ("theta", "temperature")
             if first[name] is not None
         },
