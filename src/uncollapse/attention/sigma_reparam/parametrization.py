@@ -101,8 +101,8 @@ class SigmaTracker(nn.Module):
             v, u, sigma, version = self.batch.take(self)
             return v, u, sigma if version == version_of(weight) else sigma_of(matrix, v, u)
         found = power_step(matrix, self.u.to(matrix.dtype), self.n_power_iterations)
-        for buffer, value in zip((self.v, self.u, self.sigma), found, strict=True):
-            buffer.copy_(value)  # in place, since data-parallel wrappers hold on to the buffers
+        # in place, since data-parallel wrappers hold on to the buffers
+        torch._foreach_copy_([self.v, self.u, self.sigma], list(found))
         return found
 
     def begin_pass(self) -> None:
