@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from uncollapse.representation.dhkd import binary_kl_norm_loss
+from uncollapse.studies.calibration import climb
 from uncollapse.studies.dhkd import STUDY
 from uncollapse.studies.dhkd.calibration import (
     LADDER,
@@ -16,7 +17,6 @@ from uncollapse.studies.dhkd.calibration import (
     SEEDS,
     START,
     calibrate,
-    climb,
 )
 from uncollapse.studies.dhkd.experiment import FIRST_SEED
 from uncollapse.studies.dhkd.students import (
@@ -87,7 +87,9 @@ def test_squared_error_is_half_the_limit_of_the_logit_level_losses() -> None:
 @pytest.mark.parametrize("start", [LADDER[0], 0.01, LADDER[-1]])
 @pytest.mark.parametrize("peak", LADDER)
 def test_the_best_rate_is_found_from_the_start(peak: float, start: float) -> None:
-    scores = climb(start, lambda rate: -float(abs(LADDER.index(rate) - LADDER.index(peak))))
+    scores = climb(
+        LADDER, (start,), lambda rate: -float(abs(LADDER.index(rate) - LADDER.index(peak))), reach=2
+    )
     assert max(scores, key=lambda rate: scores[rate]) == peak
     assert start in scores
     assert list(scores) == sorted(scores)
@@ -99,7 +101,7 @@ def test_every_arm_has_the_best_of_its_rates() -> None:
     assert set(SCORES) == set(START) == set(NAMES) - set(SAME_AS)
     for name, scores in SCORES.items():
         means = {rate: score.mean for rate, score in scores.items()}
-        assert climb(START[name], means.__getitem__) == means
+        assert climb(LADDER, (START[name],), means.__getitem__, reach=2) == means
         assert means[RATES[name]] == max(means.values())
         assert [rate for rate, score in scores.items() if not score.error] == [RATES[name]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from uncollapse.attention.entropy_guided_attention import ARCHITECTURES, ReducedDecoder
+from uncollapse.studies.calibration import climb
 from uncollapse.studies.claims import Verdict
 from uncollapse.studies.entropy_guided_attention import DRAWN, STUDY, experiment
 from uncollapse.studies.entropy_guided_attention.arms import (
@@ -34,7 +36,6 @@ from uncollapse.studies.entropy_guided_attention.calibration import (
     SEEDS,
     START,
     calibrate,
-    climb,
 )
 from uncollapse.studies.entropy_guided_attention.experiment import (
     FIRST_SEED,
@@ -155,9 +156,13 @@ def test_details_are_means_over_the_seeds_that_trained_to_the_end() -> None:
     assert details({"SM": [broken]})["SM"]["loss"] == [9.0]
 
 
+def _losses(loss: Callable[[float], float]) -> dict[float, float]:
+    return {rate: -score for rate, score in climb(LADDER, START, lambda r: -loss(r), reach=1).items()}
+
+
 @pytest.mark.parametrize("peak", LADDER)
 def test_the_ladder_is_climbed_until_both_neighbours_are_worse(peak: float) -> None:
-    scores = climb(lambda rate: float(abs(LADDER.index(rate) - LADDER.index(peak))))
+    scores = _losses(lambda rate: float(abs(LADDER.index(rate) - LADDER.index(peak))))
     assert min(scores, key=lambda rate: scores[rate]) == peak
     assert set(START) <= set(scores)
     assert list(scores) == sorted(scores)
@@ -168,7 +173,7 @@ def test_every_arm_has_the_best_of_its_rates() -> None:
     assert RATES["L2"] == RATES["EReg"]
     assert set(SCORES) == set(CALIBRATED)
     for name, scores in SCORES.items():
-        assert climb(scores.__getitem__).items() <= scores.items()
+        assert _losses(scores.__getitem__).items() <= scores.items()
         assert scores[RATES[name]] == min(scores.values())
 
 

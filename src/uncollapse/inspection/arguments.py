@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtyping import Bool
@@ -14,11 +14,16 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     """Arguments of `module(*args, **kwargs)` by the names that its forward pass gives them; unnamed ones are left out."""
     named = dict(kwargs)
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
+        places = positional(module.forward)
     except (TypeError, ValueError):  # a forward written in C has no signature
         return named
-    places = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     return dict(zip(places, args, strict=False)) | named
+
+
+def positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters that can be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds)
 
 
 def real_tokens(arguments: Mapping[str, Any]) -> Bool[Tensor, "batch token"] | None:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
+from uncollapse.inspection.recomputation import recomputing
 from uncollapse.inspection.weights import query_key_weights
 from uncollapse.measure.attention import AttentionRows, KeyMask, attention_rows, attention_rows_of_matrix
 
@@ -113,11 +114,6 @@ def attention_calls(
             stack.enter_context(_interface(implementation, doors))
         stack.enter_context(_kernel(doors))
         yield
-
-
-def recomputing() -> bool:
-    """Whether a backward pass is running: what is computed now, activation checkpointing computes for the second time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _Doors:

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from uncollapse.inspection.arguments import arguments_of, real_tokens
-from uncollapse.inspection.attention_calls import recomputing
 from uncollapse.inspection.features import head_of
+from uncollapse.inspection.recomputation import recomputing
 
 Classes = Int[Tensor, "*row"]
 

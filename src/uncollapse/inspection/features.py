@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError
 from uncollapse.inspection.attention import padding_of
-from uncollapse.inspection.attention_calls import recomputing
 from uncollapse.inspection.finite import finite_rows
+from uncollapse.inspection.recomputation import recomputing
 from uncollapse.measure.spectra import SecondMoment, effective_rank, participation_ratio
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from uncollapse.errors import DataError
+from uncollapse.measure.precision import at_least_float32
 from uncollapse.measure.spectra import effective_rank, stable_rank
 
 Heads: TypeAlias = Float[Tensor, "_ width _"]
@@ -115,7 +116,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Float[Tensor, "row column
 def _singular_values(weight: Float[Tensor, "row column"]) -> Float[Tensor, " value"]:
     long, short = max(weight.shape), min(weight.shape)
     if long < 8 * short:
-        return torch.linalg.svdvals(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return torch.linalg.svdvals(at_least_float32(weight))
     tall = weight if weight.shape[0] == long else weight.T
     gram = torch.zeros(short, short, dtype=torch.float64, device=weight.device)
     for rows in tall.split(8192):

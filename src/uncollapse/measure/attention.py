@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure.precision import at_least_float32
 
 _LOW = -1e30
 """A logit that no key may have: exp gives an exact 0, and 0 times it is 0 where that of -inf would be NaN."""
@@ -59,12 +60,12 @@ def attention_entropy(
     if reduce not in ("head", "row"):
         raise ConfigError(f"attention_entropy: reduce is {reduce!r}; give 'head' or 'row'")
     if logits is not None:
-        wide = _at_least_float32(logits)
+        wide = at_least_float32(logits)
         rows = _entropy_of_logits(wide if mask is None else wide.masked_fill(~mask, _LOW))
         shape, keys = logits.shape[:-1], logits.shape[-1]
     else:
         assert attn is not None
-        wide = _at_least_float32(attn)
+        wide = at_least_float32(attn)
         seen = wide if mask is None else wide.masked_fill(~mask, 0)
         rows = torch.special.entr(seen).sum(-1)
         shape, keys = attn.shape[:-1], attn.shape[-1]
@@ -127,7 +128,7 @@ def bound_from_logits(
     logits: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*#batch #query key"] | None = None
 ) -> Float[Tensor, "*batch query"]:
     """The lower bound of each row from the norm of its own logits about their mean, over the keys it may see."""
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     allowed = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.expand(logits.shape)
     count = allowed.sum(-1, keepdim=True)
     kept = logits.masked_fill(~allowed, 0)
@@ -203,7 +204,7 @@ class KeyMask:
         if mask is None:
             seen = ordered if causal else torch.ones_like(ordered)
             return cls(None, causal, seen.sum(-1).float()[None, None])
-        additive = _at_least_float32(torch.zeros_like(mask) if mask.dtype == torch.bool else mask)
+        additive = at_least_float32(torch.zeros_like(mask) if mask.dtype == torch.bool else mask)
         blocked = ~mask if mask.dtype == torch.bool else mask < _BLOCKED
         seen = ~blocked.expand(*mask.shape[:2], queries, keys)
         causal = causal or not bool((seen & ~ordered).any())
@@ -313,7 +314,7 @@ def _scores(
     end = max(1, keys - queries + here.stop) if mask.causal else keys
     query = grouped[:, :, :, here].reshape(batch, kv_heads, group * rows, width)
     scores = (query @ keys_t[..., :end]).reshape(batch, kv_heads * group, rows, end)
-    scores = _at_least_float32(scores)
+    scores = at_least_float32(scores)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if mask.additive is not None:
@@ -323,11 +324,6 @@ def _scores(
         corner = min(rows, end)
         scores[..., end - corner :].masked_fill_(behind[:rows, rows - corner : rows], _LOW)
     return scores.sub_(scores.amax(-1, keepdim=True)).clamp_(min=_LEAST)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    """Half precision neither holds `_LOW` nor sums the terms of an entropy."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _entropy_of_logits(logits: Tensor) -> Tensor:

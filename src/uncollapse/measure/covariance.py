@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
+from uncollapse.measure.precision import at_least_float32
 
 FRACTIONS = (2e-4, 2e-3, 0.02, 0.2, 0.5, 1.0)
 """Top fractions of the paper's table of covariances."""
@@ -58,7 +59,7 @@ def token_covariance(
 
 def _centred(values: Tensor, valid: Tensor) -> Tensor:
     values = values.detach()
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    wide = at_least_float32(values)
     clean = torch.where(valid, wide, 0.0)
     return torch.where(valid, clean - clean.sum() / valid.sum().clamp(min=1), 0.0)
 
@@ -81,7 +82,7 @@ def covariance_profile(
                 f"fraction {fraction:g} is outside (0, 1]; fractions are shares, 0.2 % is 0.002"
             )
     top = covariance.detach()[mask.bool()].sort(descending=True).values
-    top = top.to(torch.promote_types(top.dtype, torch.float32))
+    top = at_least_float32(top)
     n = top.numel()
     tokens = tuple(min(max(int(fraction * n), 1), n) for fraction in fractions)
     if n == 0:

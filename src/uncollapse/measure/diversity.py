@@ -20,6 +20,7 @@ from scipy.special import gammaln
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure.precision import at_least_float32
 
 
 def pass_at_k(
@@ -196,7 +197,7 @@ def jaccard_similarity(
 
 def cosine_similarity(embeddings: Num[Tensor, "sample feature"]) -> Float[Tensor, "sample sample"]:
     """Cosine of every two embeddings, in [-1, 1]; a zero vector is similar to nothing (0)."""
-    x = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    x = at_least_float32(embeddings)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     unit = x / length.clamp(min=torch.finfo(x.dtype).tiny)
     return (unit @ unit.T).clamp(-1, 1)

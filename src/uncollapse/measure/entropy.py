@@ -18,6 +18,7 @@ from scipy.special import digamma, gammaln
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure.precision import at_least_float32
 
 
 def shannon_entropy(probs: Float[Tensor, "*batch sample"]) -> Float[Tensor, "*batch"]:
@@ -184,7 +185,7 @@ def von_neumann_entropy(
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return at_least_float32(logits).log_softmax(-1)
 
 
 def _log(probs: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def _log(probs: Tensor) -> Tensor:
 
 
 def _checked(probs: Tensor) -> Tensor:
-    probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+    probs = at_least_float32(probs)
     total = probs.detach().sum(-1)
     if not bool((probs.detach() >= 0).all()) or not bool(((total - 1).abs() < 1e-3).all()):
         raise DataError(
@@ -206,7 +207,7 @@ def _checked(probs: Tensor) -> Tensor:
 
 def _spectrum(matrix: Tensor, what: str) -> Tensor:
     """Eigenvalues of a symmetric positive semi-definite matrix, rounding below 0 removed."""
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    matrix = at_least_float32(matrix)
     scale = matrix.detach().abs().amax((-2, -1), keepdim=True)
     slack = scale * math.sqrt(torch.finfo(matrix.dtype).eps)
     if not bool(((matrix - matrix.mT).detach().abs() <= slack).all()):  # NaN fails as well

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, UnknownName
+from uncollapse.measure.precision import at_least_float32
 from uncollapse.measure.statistics import FLOOR, Collision, Entropy, Logp
 from uncollapse.measure.token_stats import token_stats_from_logits
 
@@ -77,10 +78,7 @@ def token_entropy_change(
     """
     if estimator not in ESTIMATORS:
         raise UnknownName("estimator", estimator, ESTIMATORS)
-    logp, old, h, a = (
-        t.to(torch.promote_types(t.dtype, torch.float32))
-        for t in (log_prob, old_log_prob, entropy, advantages)
-    )
+    logp, old, h, a = (at_least_float32(t) for t in (log_prob, old_log_prob, entropy, advantages))
     silenced = None if clip is None else _silenced(logp, old, a, clip)
     if estimator == "released":
         # 1 - p is taken as -expm1(log p), which keeps its digits where the difference in float32 is 0.

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
+from uncollapse.measure.precision import at_least_float32
 from uncollapse.measure.statistics import Rows, _SetStatistic
 
 
@@ -68,7 +69,7 @@ def min_p_proxy(
     constants. Results have the dtype of the logits, but at least float32. Raises `ConfigError` as `passes_min_p`.
     """
     check_threshold("min-p", kappa, tau)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     logp = logits.log_softmax(-1) if kappa is None else logits
     keep = passes_min_p(logp, logp.amax(-1, keepdim=True), kappa=kappa, tau=tau, keep_equal=keep_equal)
     kept = torch.where(keep, logits, -math.inf)

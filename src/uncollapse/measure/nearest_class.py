@@ -18,6 +18,7 @@ from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure._blocks import blocks
 from uncollapse.measure._samples import Features, Labels, Mask, finite, rows_inside
 from uncollapse.measure.class_geometry import ClassMeans
+from uncollapse.measure.precision import at_least_float32
 
 _SCORES = 1 << 22
 """Elements of a block of samples x classes that is held at once."""
@@ -158,7 +159,7 @@ class NC4Accumulator:
         step = max(1, _SCORES // len(self._unseen))
         for start in range(0, len(features), step):
             part = features[start : start + step].to(device)
-            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            part = at_least_float32(part)
             self._decide(part, None if classes is None else classes[start : start + step].to(device))
         return self
 

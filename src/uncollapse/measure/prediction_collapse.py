@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class CollapseDetector:
             )
         if not len(rows):
             return
-        logp = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
+        logp = at_least_float32(rows).log_softmax(-1)
         p = logp.exp()
         entropy = torch.special.entr(p).sum(-1)
         good = entropy.isfinite()

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure.precision import at_least_float32
 
 
 def singular_values(matrix: Float[Tensor, "*batch row feature"]) -> Float[Tensor, "*batch value"]:
@@ -25,7 +26,7 @@ def singular_values(matrix: Float[Tensor, "*batch row feature"]) -> Float[Tensor
     Raises:
         DataError: NaN or inf.
     """
-    x = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    x = at_least_float32(matrix)
     if not bool(x.detach().isfinite().all()):
         raise DataError("singular_values: the matrix contains NaN or inf")
     out: Tensor = torch.linalg.svdvals(x)

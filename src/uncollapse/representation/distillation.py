@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.measure.precision import at_least_float32
 from uncollapse.representation.plackett_luce import refuse_values
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +44,7 @@ _CONSTANT = 1e-8
 
 def cross_entropy_loss(student_logits: Logits, teacher_logits: Logits, labels: Labels) -> Scalar:
     """-log softmax(s)_y, mean over rows: the student on its own. The teacher is not looked at."""
-    return _cross_entropy(_work(student_logits), labels)
+    return _cross_entropy(at_least_float32(student_logits), labels)
 
 
 def label_smoothing_loss(
@@ -58,7 +59,7 @@ def label_smoothing_loss(
     """
     if not 0 <= smoothing <= 1:
         raise ConfigError(f"label smoothing: smoothing is {smoothing:g}; give a share in [0, 1]")
-    return _cross_entropy(_work(student_logits), labels, smoothing)
+    return _cross_entropy(at_least_float32(student_logits), labels, smoothing)
 
 
 def kd_loss(
@@ -168,10 +169,6 @@ def logit_mse_loss(
     return _cross_entropy(s, y) + weight * error * (s.numel() / (~excluded).sum())
 
 
-def _work(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean over the rows that count, 0 without any."""
     if not len(labels) or bool((labels == IGNORED).all()):
@@ -190,7 +187,7 @@ def _checked(
             f"{name}: logits of student and teacher have shapes {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}; both need the same rows and the same classes in the same order"
         )
-    s, t = _work(student_logits), _work(teacher_logits.detach())
+    s, t = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
     counted = labels != IGNORED
     if not bool(counted.all()):
         s, t, labels = s[counted], t[counted], labels[counted]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.measure.attention import AttentionRows
+from uncollapse.measure.precision import at_least_float32
 
 Granularity = Literal["head", "head_per_sample", "row_mean", "row_sum"]
 Reference = Literal["log_T", "causal"]
@@ -180,5 +181,5 @@ def _check_alike(shapes: Sequence[tuple[int, ...]]) -> None:
 
 def _entropy(attn: Float[Tensor, "*rows key"], eps: float) -> Float[Tensor, "*rows"]:
     """-sum_j a_j ln(a_j + eps). The floor lends a finite slope to probabilities that are exactly 0."""
-    attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
+    attn = at_least_float32(attn)
     return -(attn * (attn + eps).clamp(min=torch.finfo(attn.dtype).tiny).log()).sum(-1)

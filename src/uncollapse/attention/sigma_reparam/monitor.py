@@ -21,7 +21,8 @@ from uncollapse.inspection.attention import (
     PaddingMask,
     no_attention,
 )
-from uncollapse.inspection.attention_calls import AttentionCall, attention_calls, recomputing
+from uncollapse.inspection.attention_calls import AttentionCall, attention_calls
+from uncollapse.inspection.recomputation import recomputing
 
 
 @dataclass(frozen=True)

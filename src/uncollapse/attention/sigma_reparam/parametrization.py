@@ -20,7 +20,7 @@ from uncollapse.attention.sigma_reparam.estimate import (
     start_vector,
 )
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.attention_calls import recomputing
+from uncollapse.inspection.recomputation import recomputing
 
 GammaInit: TypeAlias = Literal["spectral", "one"] | float | int
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uncollapse.errors import ConfigError, DataError
 from uncollapse.policy.batch import TokenMap
-from uncollapse.policy.stages.surrogates import FARTHEST
+from uncollapse.policy.stages.surrogates import bounded_ratio
 
 Mode: TypeAlias = Literal["bang", "clip"]
 """How the temperature follows the entropy: one of two values, or in proportion to the gap."""
@@ -87,7 +87,7 @@ def tempered_positive_loss(
         gain = torch.where(learnt, logp, 0.0)
     else:
         # Clipped or not, an infinite ratio would have the gradient 0 x inf.
-        ratio = torch.where(learnt, logp - old_logp, 0.0).clamp(-FARTHEST, FARTHEST).exp()
+        ratio = bounded_ratio(torch.where(learnt, logp - old_logp, 0.0))
         gain = torch.where(learnt, torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip)), 0.0)
     length = mask.sum(1)
     if agg == "token":
@@ -105,7 +105,7 @@ def tempered_reweighting(
 
     Source: the branch `DCPO` of the official code; not in the paper.
     """
-    return alpha * is_right(rewards)[:, None] * (logp_T - logp).clamp(-FARTHEST, FARTHEST).exp()
+    return alpha * is_right(rewards)[:, None] * bounded_ratio(logp_T - logp)
 
 
 def reweighting_share(

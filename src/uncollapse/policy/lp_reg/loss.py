@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from uncollapse.errors import ConfigError
+from uncollapse.measure.precision import at_least_float32
 from uncollapse.policy.stages.surrogates import bounded_ratio
 
 K3_LIMIT = 10.0
@@ -29,7 +30,7 @@ def proxy_kl(
     If q is the proxy of pi itself, it is -log Z: mass moves from noise to *all* kept tokens in proportion, and the sampled
     one is not favoured. In the dtype of the arguments, but at least float32.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     possible = log_q > -math.inf
     difference = torch.where(possible, log_q, 0.0) - torch.where(possible, logits.log_softmax(-1), 0.0)
     return (log_q.to(difference.dtype).exp() * difference).sum(-1)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError, DataError
+from uncollapse.inspection.recomputation import recomputing
 
 Auxiliary: TypeAlias = Literal["linear", "mlp"]
 
@@ -169,7 +170,7 @@ class SeededDropout(nn.Module):
         """Zero entries with probability p and divide the others by 1 - p; the identity in evaluation."""
         if not self.training or not self.p:
             return x
-        if torch._C._current_graph_task_id() >= 0:  # inside of a backward pass
+        if recomputing():
             call = self._repeated(_signature(x))
         else:
             call = self.calls

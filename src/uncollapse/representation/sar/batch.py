@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from uncollapse.errors import DataError
+from uncollapse.inspection.arguments import positional
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,3 @@ class ModelInputs:
         if isinstance(mask, Tensor) and mask.shape == like.shape:
             return mask.bool()
         return torch.ones_like(like, dtype=torch.bool)
-
-
-def positional(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the parameters that can be given by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds)

@@ -6,12 +6,13 @@ worse ones on either side: a single one may be worse by noise. `python -m uncoll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from uncollapse.studies.calibration import climb
 from uncollapse.studies.dhkd.students import NAMES, Size, train
 from uncollapse.studies.testbeds.distillation import Task, taught_task, train_teacher
 
@@ -180,17 +181,6 @@ RATES: Mapping[str, float] = {
 """What each arm is trained with: the learning rate with the best mean."""
 
 
-def climb(start: float, score: Callable[[float], float]) -> dict[float, float]:
-    """Scores along the ladder from `start` outwards, until the best has two others on either side or the ladder ends."""
-    found = {start: score(start)}
-    while True:
-        best = LADDER.index(max(found, key=found.__getitem__))
-        near = [rate for rate in LADDER[max(best - 2, 0) : best + 3] if rate not in found]
-        if not near:
-            return dict(sorted(found.items()))
-        found |= {rate: score(rate) for rate in near}
-
-
 def calibrate(
     names: Iterable[str] = tuple(START), size: Size | None = None
 ) -> Iterable[tuple[str, dict[float, Score]]]:
@@ -207,7 +197,7 @@ def calibrate(
             runs[rate] = np.array([run["validation"] for run in found])
             return float(runs[rate].mean())
 
-        means = climb(START[name], mean)
+        means = climb(LADDER, (START[name],), mean, reach=2)
         best = runs[max(means, key=means.__getitem__)]
         errors = {rate: float((runs[rate] - best).std(ddof=1)) / len(SEEDS) ** 0.5 for rate in means}
         yield name, {rate: Score(means[rate], errors[rate]) for rate in means}

@@ -7,9 +7,10 @@ They were chosen on seeds and on held-out text that the study does not use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from uncollapse.studies.calibration import climb
 from uncollapse.studies.entropy_guided_attention.arms import ARMS, Size, held_out_rows, train
 
 LADDER = (0.000375, 0.00075, 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048)
@@ -61,17 +62,6 @@ RATES: Mapping[str, float] = {
 """What each arm is trained with: the learning rate with the smallest score."""
 
 
-def climb(score: Callable[[float], float]) -> dict[float, float]:
-    """Scores along the ladder from `START` outwards, until the best is not at an end of what was tried."""
-    found = {rate: score(rate) for rate in START}
-    while True:
-        best = LADDER.index(min(found, key=found.__getitem__))
-        near = [rate for rate in LADDER[max(best - 1, 0) : best + 2] if rate not in found]
-        if not near:
-            return dict(sorted(found.items()))
-        found |= {rate: score(rate) for rate in near}
-
-
 def calibrate(
     names: Iterable[str] = CALIBRATED, size: Size | None = None
 ) -> Iterable[tuple[str, dict[float, float]]]:
@@ -82,9 +72,9 @@ def calibrate(
 
         def score(rate: float, name: str = name) -> float:
             runs = [train(ARMS[name], seed, rate, size, rows) for seed in SEEDS]
-            return sum(math.inf if run["diverged"] else run["loss"][-1] for run in runs) / len(runs)
+            return -sum(math.inf if run["diverged"] else run["loss"][-1] for run in runs) / len(runs)
 
-        yield name, climb(score)
+        yield name, {rate: -value for rate, value in climb(LADDER, START, score, reach=1).items()}
 
 
 if __name__ == "__main__":
