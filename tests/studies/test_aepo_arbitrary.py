@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from uncollapse.errors import MissingExtra
 from uncollapse.policy.aepo_arbitrary import expected_aux_gradient, group_advantage_gain
 from uncollapse.policy.batch import Clock
-from uncollapse.studies.aepo_arbitrary import STUDY, bandits, experiment
+from uncollapse.policy.recipe import Recipe
+from uncollapse.studies.aepo_arbitrary import STUDY, bandits, experiment, language_model
 from uncollapse.studies.aepo_arbitrary.bandits import Setting, run, run_divided_after_control, worst_offset
 from uncollapse.studies.aepo_arbitrary.experiment import ALPHAS, Size, token_arms, train_tokens, trial_count
+from uncollapse.studies.study import Trials
 from uncollapse.studies.testbeds.engine import LogitsEngine
 from uncollapse.studies.testbeds.modsum import ModSum, ModSumLab, TablePolicy
 
@@ -86,10 +92,12 @@ def test_training_on_tokens_is_repeatable() -> None:
 
 def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Size(
-        control_steps=4, steps=3, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=10
-    )
+        control_steps=4, steps=3, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=10,
+        language=language_model.Size(seeds=2),
+    )  # fmt: skip
     monkeypatch.setattr(experiment, "QUICK", tiny)
     monkeypatch.setattr(experiment, "train_tokens", _small_tokens)
+    monkeypatch.setattr(language_model, "train_language_model", _learnt)
     seen: list[tuple[int, int]] = []
     outcome, missing = smoke(
         STUDY,
@@ -103,3 +111,80 @@ def test_the_study_runs_end_to_end(smoke, monkeypatch: pytest.MonkeyPatch) -> No
 
 def _small_tokens(made: object, seed: int, steps: int) -> dict[str, list[float]]:
     return train_tokens(made, seed, steps, task=ModSum(prompts=2, length=2, vocab=3))
+
+
+def _learnt(
+    made: Recipe, setting: language_model.Setting, seed: int, size: language_model.Size
+) -> dict[str, list[float]]:
+    """A run that reaches what it is asked, and is the better the nearer that is to the middle target."""
+    target = getattr(made.sampler, "target", 0.0)
+    right = [0.5 - (target - setting.middle) ** 2]
+    return {
+        "entropy": [target] * 12,
+        "reward": [0.5] * 12,
+        "pass@1": right,
+        "pass@8": right,
+        "distinct": [3.0 + seed],
+    }
+
+
+def test_the_language_model_follows_its_targets_and_a_middle_one_is_best() -> None:
+    setting = language_model.SETTINGS["modsum"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_model, "train_language_model", _learnt)
+        found, _ = language_model.measure_task(setting, language_model.Size(seeds=3), _Trials())
+    at = "language/modsum"
+    assert found[f"{at}/follows"].value == pytest.approx(1)
+    assert found[f"{at}/worst-offset"].value == pytest.approx(0)
+    assert found[f"{at}/pass@1/curvature"].value == pytest.approx(-2)
+    assert found[f"{at}/pass@1/rise"].value == pytest.approx(0.8)
+    assert found[f"{at}/pass@1/fall"].value == pytest.approx(-0.8)
+    assert set(language_model.statistics(setting)) <= set(found)
+
+
+class _Trials(Trials):
+    def __init__(self) -> None:
+        pass
+
+    def trial(self, name: str, run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        return dict(run())
+
+
+def test_parabolas_are_fitted_seed_by_seed() -> None:
+    x = np.array([0.1, 0.3, 0.5, 0.7])
+    reached = np.stack([1 + 2 * x - 3 * x**2, 4 * x**2], 1)
+    found = language_model.parabola(x.tolist(), reached)
+    assert found["curvature"] == pytest.approx([-6, 8])
+    assert found["rise"] == pytest.approx([1.4, 0.8])
+    assert found["fall"] == pytest.approx([-2.2, 5.6])
+
+
+def test_arms_of_the_language_model_differ_in_one_thing() -> None:
+    setting = language_model.SETTINGS["countdown"]
+    made = language_model.arms(setting)
+    assert len(made) == 12
+    assert {made[name].sampler.target for name in made if name.startswith("aepo/")} == set(setting.targets)
+    assert replace(made["bonus"], regularizers=(), name="grpo") == made["grpo"]
+    assert replace(made["grpo-10"], sampler=made["grpo"].sampler, name="grpo") == made["grpo"]
+    generated = language_model.GROUP * (1 + language_model.SHARE)
+    assert generated == made["grpo-10"].sampler.samples == language_model.EQUAL_GENERATION
+
+
+def test_a_language_model_is_trained_and_held_to_account() -> None:
+    setting = language_model.SETTINGS["modsum"]
+    found = language_model.train_language_model(
+        language_model.arms(setting)["aepo/0.5"], setting, 0, language_model.QUICK
+    )
+    assert {name: len(values) for name, values in found.items()} == {
+        "entropy": 2, "reward": 2, "pass@1": 1, "pass@8": 1, "distinct": 1,
+    }  # fmt: skip
+
+
+def test_without_the_training_libraries_the_rest_of_the_study_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> dict[str, list[float]]:
+        raise MissingExtra("trl", "rl")
+
+    monkeypatch.setattr(language_model, "train_language_model", absent)
+    estimates, details = language_model.measure_language_model(language_model.QUICK, _Trials())
+    assert not estimates
+    assert "uncollapse[rl]" in details["missing"]

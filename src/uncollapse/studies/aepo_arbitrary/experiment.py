@@ -1,10 +1,10 @@
-"""The experiments of the AEPO study: control with exact gradients, where it stops, and a tabular policy over tokens."""
+"""The experiments of the AEPO study: control with exact gradients, where it stops, a tabular policy and a language model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from uncollapse.policy.registry import recipe
 from uncollapse.policy.stages.advantages import GroupAdvantage
 from uncollapse.policy.stages.regularizers import AdaptiveEntropy, EntropyBonus
 from uncollapse.policy.stages.samplers import PlainSampler
+from uncollapse.studies.aepo_arbitrary import language_model
 from uncollapse.studies.aepo_arbitrary.bandits import (
     Setting,
     run,
@@ -78,9 +79,13 @@ class Size:
     batches: tuple[int, ...] = (16, 512, 4096)
     token_seeds: int = 3
     token_steps: int = 500
+    language: language_model.Size = field(default_factory=language_model.Size)
 
 
-QUICK = Size(control_steps=60, steps=40, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=20)
+QUICK = Size(
+    control_steps=60, steps=40, problems=2, seeds=2, batches=(16, 64), token_seeds=1, token_steps=20,
+    language=language_model.QUICK,
+)  # fmt: skip
 
 
 # ---- A and B: bandits ---------------------------------------------------------------------------------------------
@@ -278,6 +283,10 @@ def _measure_tokens(size: Size, trials: Trials) -> tuple[dict[str, Estimate], di
     return estimates, details
 
 
+def _measure_language(size: Size, trials: Trials) -> tuple[dict[str, Estimate], dict[str, Any]]:
+    return language_model.measure_language_model(size.language, trials)
+
+
 # ---- the study ----------------------------------------------------------------------------------------------------
 
 
@@ -285,11 +294,12 @@ def trial_count(size: Size) -> int:
     """How many trials the study has."""
     boundary = 2 * (1 + len(size.batches) * size.seeds) + 1
     groups = (1 + 2 * len(GROUPS)) * size.seeds + len(GROUPS)
-    return 3 + boundary + groups + len(token_arms()) * size.token_seeds
+    tokens = len(token_arms()) * size.token_seeds
+    return 3 + boundary + groups + tokens + language_model.trial_count(size.language)
 
 
 def measure(quick: bool, trials: Trials) -> Measurements:
-    """Run A, B and C."""
+    """Run A to D."""
     size = QUICK if quick else Size()
     trials.plan(trial_count(size))
     estimates: dict[str, Estimate] = {}
@@ -300,6 +310,7 @@ def measure(quick: bool, trials: Trials) -> Measurements:
         ("boundary", _measure_boundary),
         ("groups", _measure_groups),
         ("tokens", _measure_tokens),
+        ("language", _measure_language),
     ):
         found, details[name] = part(size, trials)
         estimates |= found
