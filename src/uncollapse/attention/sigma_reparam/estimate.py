@@ -25,6 +25,8 @@ _LARGE = 1 << 15
 _EPS = 1e-12
 """Least norm that a vector is divided by, as in `torch.nn.functional.normalize`."""
 
+_UNCHANGED = nullcontext()
+
 
 def as_blocks(weight: Tensor, blocks: int) -> Float[Tensor, "block row column"]:
     """The weight as a stack of matrices, in float32 or better: its first axis cut into blocks, all others flattened."""
@@ -66,10 +68,10 @@ def power_step(
     """
     for _ in range(steps):
         v = torch.bmm(matrix, u)
-        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_(min=_EPS)
+        v.div_(torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min_(_EPS))
         u = torch.bmm(matrix.mT, v)
-        sigma = torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_(min=_EPS)
-        u = u / sigma
+        sigma = torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min_(_EPS)
+        u.div_(sigma)
     return v, u, sigma
 
 
@@ -84,7 +86,7 @@ def sigma_of(
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
     """Autocast switched off, if it is on: entering the context costs more than some of these products."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
 
 
 class _Rescaled(torch.autograd.Function):
@@ -123,9 +125,9 @@ def _scaled(weight: Tensor, gamma: Tensor, sigma: Tensor) -> Tensor:
 
 def _defined(weight: Tensor, gamma: Tensor, v: Tensor, u: Tensor) -> Tensor:
     """The definition itself, for autograd to differentiate."""
-    if len(u) == 1 and weight.dtype == u.dtype:  # vectors and one matrix take fewer calls than stacks of them
+    if len(u) == 1 and weight.dtype == gamma.dtype == u.dtype:  # vectors take fewer calls than stacks of them
         sigma = torch.dot(v.view(-1), torch.mv(weight.flatten(1), u.view(-1)))
-        return weight * (gamma.to(u.dtype) / sigma)
+        return weight * (gamma / sigma)
     return _scaled(weight, gamma, sigma_of(as_blocks(weight, len(u)), v, u))
 
 
