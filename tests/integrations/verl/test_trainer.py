@@ -49,6 +49,13 @@ def configured(*overrides, name="clip-cov", folder="unused"):
         return compose("uncollapse", overrides=[*fixed, *overrides])
 
 
+class Tokens:
+    eos_token_id = pad_token_id = 0
+
+    def __len__(self):
+        return 7
+
+
 class Prompts(torch.utils.data.Dataset):
     def __len__(self):
         return 8
@@ -97,7 +104,7 @@ class Connected(LabWorkers):
 def trainer_of(config, ranks=1, saved=None):
     settle(config)
     made = RecipeTrainer(
-        config, SimpleNamespace(eos_token_id=0, pad_token_id=0), {Role.ActorRollout: None},
+        config, Tokens(), {Role.ActorRollout: None},
         SimpleNamespace(get_n_gpus=lambda: 1), train_dataset=Prompts(), val_dataset=Prompts(), collate_fn=collate_fn,
     )  # fmt: skip
     policy = Table(prompts=5)
@@ -211,6 +218,15 @@ def test_the_level_is_chosen_and_verls_options_are_set_to_agree():
     module = OmegaConf.select(plain, "ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES")
     assert module.startswith("uncollapse.integrations.verl,")
     assert settle(configured(name="clip-cov")) == "trainer"
+
+
+def test_a_target_that_no_distribution_over_the_vocabulary_has_is_refused_before_workers_start(tmp_path):
+    file = tmp_path / "high.yaml"
+    file.write_text(
+        "name: high\nbase: siren\nregularizers:\n  - {term: {siren: {target: 2}}, coef: 0.1, mean: {levels: [row], rows: all}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"the entropy over 7 tokens is at most 1\.946"):
+        trainer_of(configured(name=str(file)))
 
 
 def test_recipes_from_yaml_run_in_the_trainer_and_at_the_engine_level(tmp_path):

@@ -117,6 +117,7 @@ class RecipeTrainer(RayPPOTrainer):
             self.level = level_for(self.recipe, "trainer")
         refuse(config, self.recipe)
         super().__init__(config, *more, **options)
+        self.recipe.check_vocabulary(len(self.tokenizer))
 
     def init_workers(self) -> None:
         """verl's workers, then the recipe's loss on them."""
