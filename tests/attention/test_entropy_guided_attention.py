@@ -523,6 +523,18 @@ def test_the_add_on_has_value_and_gradient_of_the_eager_probabilities(make, atte
     assert any(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if name in other)
 
 
+def test_a_mask_given_by_position_counts_as_well():
+    ids, mask = torch.randint(0, 50, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    model = llama()
+    attached = attach_entropy_regularizer(model, REG, theta_init=0.8)
+    found = []
+    for call in (lambda: model(ids, mask), lambda: model(ids, attention_mask=mask), lambda: model(ids)):
+        call()
+        found.append(attached.penalty().item())
+    assert found[0] == found[1] != found[2]
+
+
 def test_the_model_computes_what_it_did_and_is_left_as_it_was():
     model = gpt2()
     names, ids = list(model.state_dict()), torch.randint(0, 50, (2, 7))

@@ -870,6 +870,22 @@ def test_the_monitor_leaves_out_what_checkpointing_computes_again():
     assert scalars[1]["attention/collapsed/frac"] == 0.5
 
 
+def test_the_monitor_sees_padding_however_the_mask_is_given():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x, padding = draw(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    found = []
+    for call in (
+        lambda: attention(x, x, x, padding),
+        lambda: attention(x, x, x, key_padding_mask=padding),
+        lambda: attention(x, x, x),
+    ):
+        with AttentionEntropyMonitor(attention) as monitor:
+            call()
+        found.append(monitor.scalars()["attention/entropy/mean"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_the_monitor_goes_on_after_a_pass_without_a_row_of_two_keys():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -166,6 +168,41 @@ def test_padding_is_left_out_however_the_mask_is_given():
     with attention_statistics(attention) as tally:  # the keys' mask says nothing about other queries
         attention(x[:, :4], x, x, padding)
     assert tally.layers[""].rows.tolist() == [12] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["T5", "Bart", "torch"])
+def test_a_decoder_beside_an_encoder_has_a_mask_of_its_own(kind):
+    torch.manual_seed(0)
+    read, written = torch.ones(3, 6, dtype=torch.long), torch.ones(3, 4, dtype=torch.long)
+    read[1, 4:] = 0
+    written[2, 3:] = 0
+    if kind == "torch":
+        model: nn.Module = nn.Transformer(16, 2, 1, 1, 24, batch_first=True).train()
+        inputs: dict[str, Any] = {"src": torch.randn(3, 6, 16), "tgt": torch.randn(3, 4, 16)}
+        masks = {"src_key_padding_mask": read == 0}, {"tgt_key_padding_mask": written == 0}
+    else:
+        sizes = {"T5": {"d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}, "Bart": {
+            "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32,
+        }}[kind]  # fmt: skip
+        config = getattr(transformers, f"{kind}Config")(d_model=16, vocab_size=30, **sizes)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+        inputs = {
+            "input_ids": torch.randint(3, 30, (3, 6)),
+            "decoder_input_ids": torch.randint(3, 30, (3, 4)),
+        }
+        masks = {"attention_mask": read}, {"decoder_attention_mask": written}
+    for given, wanted in (
+        (masks[0], {"encoder": 16, "decoder": 12}),
+        (masks[0] | masks[1], {"encoder": 16, "decoder": 11}),
+    ):
+        with attention_statistics(model) as tally:
+            model(**inputs, **given)
+        assert len(tally.layers) == 3
+        for layer, one in tally.layers.items():
+            (side,) = {"encoder", "decoder"} & set(layer.split("."))
+            assert one.rows.tolist() == [wanted[side]] * 2, layer
 
 
 class Own(nn.Module):

@@ -42,3 +42,15 @@ def real_tokens(arguments: Mapping[str, Any]) -> Bool[Tensor, "batch token"] | N
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return mask == 0
     return None
+
+
+def real_decoder_tokens(arguments: Mapping[str, Any]) -> Bool[Tensor, "batch token"] | None:
+    """`real_tokens` of what the decoder of an encoder-decoder model reads.
+
+    From `decoder_attention_mask` (transformers) or `tgt_key_padding_mask` (torch).
+    """
+    mask = arguments.get("decoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask.bool()
+    mask = arguments.get("tgt_key_padding_mask")
+    return mask == 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.inspection.arguments import arguments_of, real_tokens
+from uncollapse.inspection.arguments import arguments_of, real_decoder_tokens, real_tokens
 from uncollapse.inspection.attention_calls import LOOKED_FOR, AttentionCall, KeyMasks, attention_calls
 from uncollapse.inspection.nested import padded_layers
 from uncollapse.measure.attention import AttentionRows
@@ -190,39 +190,52 @@ def counted_attention(
     """
 
     def seen(call: AttentionCall) -> None:
-        tally.add_call(call, padding.queries(call.query))
+        tally.add_call(call, padding.queries(call))
 
     with padding_of(model) as padding, attention_calls(model, seen, refused=refused):
         yield padding
 
 
 class PaddingMask:
-    """Which tokens of the forward pass are none, from the arguments of the model (`real_tokens`)."""
+    """Which tokens of the forward pass of `model` are none, from its arguments (`real_tokens`, `real_decoder_tokens`)."""
 
-    def __init__(self) -> None:
-        self.tokens: Bool[Tensor, "batch token"] | None = None
+    def __init__(self, model: nn.Module) -> None:
         self.passes = 0
+        self._tokens: Bool[Tensor, "batch token"] | None = None
+        self._decoder_tokens: Bool[Tensor, "batch token"] | None = None
+        self._decoders = _decoders(model)
 
-    def read(self, arguments: Mapping[str, object]) -> None:
-        """Take the mask of a call, if it has one of two axes."""
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the masks of a call of the model, those of two axes."""
+        arguments = arguments_of(module, args, kwargs)
         self.passes += 1
-        self.tokens = real_tokens(arguments)
+        self._tokens, self._decoder_tokens = real_tokens(arguments), real_decoder_tokens(arguments)
 
-    def queries(self, query: Float[Tensor, "batch head query feature"]) -> Bool[Tensor, "batch query"] | None:
-        """The mask of these queries: the last ones of the tokens, or None if it is of another shape."""
-        tokens = self.tokens
-        if tokens is None or tokens.shape[0] != query.shape[0] or tokens.shape[1] < query.shape[2]:
+    def tokens(self, module: str) -> Bool[Tensor, "batch token"] | None:
+        """The mask of what the module of this name reads; None without one."""
+        return self._decoder_tokens if module.startswith(self._decoders) else self._tokens
+
+    def queries(self, call: AttentionCall) -> Bool[Tensor, "batch query"] | None:
+        """The mask of the queries of a call: the last ones of the tokens, or None if it is of another shape."""
+        tokens = self.tokens(call.layer)
+        rows, count = call.query.shape[0], call.query.shape[2]
+        if tokens is None or tokens.shape[0] != rows or tokens.shape[1] < count:
             return None
-        return tokens[:, tokens.shape[1] - query.shape[2] :]
+        return tokens[:, tokens.shape[1] - count :]
+
+
+def _decoders(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of modules within a `decoder` that has an `encoder` beside it."""
+    names = dict(model.named_modules())
+    parents = (name.removesuffix("decoder") for name in names if name.rpartition(".")[2] == "decoder")
+    return tuple(f"{parent}decoder." for parent in parents if f"{parent}encoder" in names)
 
 
 @contextmanager
 def padding_of(model: nn.Module) -> Iterator[PaddingMask]:
     """The padding mask of whichever forward pass of `model` is running within the context."""
-    padding = PaddingMask()
-    handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: padding.read(arguments_of(module, args, kwargs)), with_kwargs=True
-    )
+    padding = PaddingMask(model)
+    handle = model.register_forward_pre_hook(padding.read, with_kwargs=True)
     try:
         with padded_layers(model):
             yield padding

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from uncollapse.inspection.arguments import arguments_of, real_tokens
+from uncollapse.inspection.arguments import arguments_of, real_decoder_tokens, real_tokens
 from uncollapse.inspection.features import head_of
 from uncollapse.inspection.recomputation import recomputing
 
@@ -132,12 +132,10 @@ class _HeadReader:
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2 or features.ndim != 3:
             self._missed(f"{self._name} was called without {name}, so that the next token is not known")
             return
-        mask = (
-            self._arguments.get("decoder_attention_mask") if self._two_sides else real_tokens(self._arguments)
-        )
+        mask = (real_decoder_tokens if self._two_sides else real_tokens)(self._arguments)
         real = torch.ones_like(ids, dtype=torch.bool)
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
-            real = mask.bool()
+        if mask is not None and mask.shape == ids.shape:
+            real = mask
         kept = features.shape[1]
         if self._arguments.get("logits_to_keep") == kept:  # the head reads the last positions only
             ids, real = ids[:, -kept:], real[:, -kept:]

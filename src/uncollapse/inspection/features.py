@@ -155,7 +155,7 @@ def block_outputs(
             if hidden.ndim == 4:  # images: one vector a pixel
                 hidden = hidden.movedim(1, -1)
             hidden = hidden.detach()
-            tokens = padding.tokens
+            tokens = padding.tokens(name)
             if tokens is not None and hidden.shape[:-1] == tokens.shape:
                 seen(name, hidden[tokens])
             elif hidden.ndim >= 2:

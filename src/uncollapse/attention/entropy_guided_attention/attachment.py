@@ -67,7 +67,6 @@ class AttachedRegularizer(nn.Module):
         self.regularizer, self.theta = regularizer, theta
         self.stats: Stats = {}
         self._calls: list[AttentionCall] = []
-        self._padding = PaddingMask()
         self._open = ExitStack()
         self._model: list[nn.Module] = []  # in a list, lest the model become a submodule of its own submodule
         self._handles: list[Any] = []
@@ -75,7 +74,7 @@ class AttachedRegularizer(nn.Module):
 
     def watch(self, model: nn.Module) -> None:
         """Become a submodule of `model` and see its forward passes."""
-        self._model = [model]
+        self._model, self._padding = [model], PaddingMask(model)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -92,7 +91,7 @@ class AttachedRegularizer(nn.Module):
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls, self._passed = [], model.training
-        self._padding.read(kwargs)
+        self._padding.read(model, args, kwargs)
         if model.training:
             self._open.enter_context(attention_calls(model, self._seen))
 
@@ -135,7 +134,7 @@ class AttachedRegularizer(nn.Module):
             )
             for call in calls
         ]
-        mask = self._padding.queries(calls[0].query)
+        mask = self._padding.queries(calls[0])
         loss, self.stats = self.regularizer.from_rows(rows, calls[0].key.shape[2], self.theta, mask)
         return loss
 

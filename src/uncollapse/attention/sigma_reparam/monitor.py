@@ -82,10 +82,11 @@ class AttentionEntropyMonitor:
         self._sums: dict[str, Float[Tensor, "statistic head"]] = {}
         self._known: dict[str, Int[Tensor, "statistic head"]] = {}  # passes in which a head has it
         self._lowest: dict[str, Float[Tensor, " head"]] = {}
-        self._now, self._padding = AttentionTally(), PaddingMask()
+        self._now, self._padding = AttentionTally(), PaddingMask(model)
         self._hooks = ExitStack()
-        self._hooks.enter_context(attention_calls(model, self._attends))
+        # In this order, for a model that is an attention itself: a pass begins before it attends.
         self._hooks.callback(model.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
+        self._hooks.enter_context(attention_calls(model, self._attends))
         self._hooks.callback(model.register_forward_hook(self._ends).remove)
 
     def __enter__(self) -> AttentionEntropyMonitor:
@@ -155,12 +156,12 @@ class AttentionEntropyMonitor:
     def _begins(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if recomputing():
             return
-        self._padding.read(kwargs)
+        self._padding.read(module, args, kwargs)
         self._now.clear()  # what a pass that failed has left
 
     def _attends(self, call: AttentionCall) -> None:
         if self.passes % self.every == 0:
-            self._now.add_call(call, self._padding.queries(call.query))
+            self._now.add_call(call, self._padding.queries(call))
 
     def _ends(self, module: nn.Module, args: object, output: Any) -> None:
         if recomputing():
