@@ -30,6 +30,9 @@ _NEAR = 1e-4
 _ROUNDS = 10
 """Independent rounds of sampled pairs, from which their standard errors come."""
 
+_OF_ALL_PAIRS = frozenset({"gnc2/riesz/cov"})
+"""What a sample cannot tell: the few nearest pairs decide it."""
+
 _LEAST = 1e-12
 """Least squared distance of two directions that the logarithm sees."""
 
@@ -75,30 +78,49 @@ class Spread:
 
 
 @dataclass
-class LogMeanExp:
-    """ln of the mean of exp(x) over values x that come in pieces, whatever their size; NaN is left out."""
+class Exponentials:
+    """Mean and scatter of exp(x) over values x that come in pieces, whatever their size; NaN is left out.
+
+    `total` is the logarithm of the sum of exp(x), `squares` that of exp(2 x).
+    """
 
     count: int = 0
     total: float = -math.inf
+    squares: float = -math.inf
 
     def add(self, values: Tensor) -> None:
         """Take more values."""
         kept = values[~values.isnan()]
         if len(kept):
-            self.merge(LogMeanExp(len(kept), float(torch.logsumexp(kept, 0))))
+            high = kept.max()
+            powers = (kept - high).exp()
+            total, squares = (float(part.sum().log()) for part in (powers, powers.square()))
+            self.merge(Exponentials(len(kept), float(high) + total, 2 * float(high) + squares))
 
-    def merge(self, other: LogMeanExp) -> None:
+    def merge(self, other: Exponentials) -> None:
         """Take the values of another."""
         if not other.count:
             return
-        high, low = max(self.total, other.total), min(self.total, other.total)
-        self.total = high + math.log1p(math.exp(low - high))
+        self.total = _log_of_sum(self.total, other.total)
+        self.squares = _log_of_sum(self.squares, other.squares)
         self.count += other.count
 
     @property
-    def value(self) -> float:
-        """The logarithm, in nats; NaN for no value."""
+    def log_mean(self) -> float:
+        """The logarithm of the mean, in nats; NaN for no value."""
         return self.total - math.log(self.count) if self.count else math.nan
+
+    @property
+    def variation(self) -> float:
+        """Standard deviation over mean, at most the square root of the number of values; NaN for no value."""
+        if not self.count:
+            return math.nan
+        return math.sqrt(math.expm1(max(self.squares - self.total - self.log_mean, 0.0)))
+
+
+def _log_of_sum(a: float, b: float) -> float:
+    high, low = max(a, b), min(a, b)
+    return high + math.log1p(math.exp(low - high))
 
 
 @dataclass
@@ -109,7 +131,7 @@ class Averages:
     cdnv: Spread = field(default_factory=Spread)
     log_kernel: Spread = field(default_factory=Spread)
     distance: Spread = field(default_factory=Spread)
-    power: LogMeanExp = field(default_factory=LogMeanExp)
+    power: Exponentials = field(default_factory=Exponentials)
 
     def add(self, found: Kernels) -> None:
         """Take the values of more pairs."""
@@ -138,7 +160,8 @@ class Averages:
             "gnc2/log_kernel/cov": coefficient_of_variation(log_kernel.mean, log_kernel.variance),
             "gnc2/distance/mean": distance.mean,
             "gnc2/distance/cov": coefficient_of_variation(distance.mean, distance.variance),
-            "gnc2/riesz/log_mean": self.power.value,
+            "gnc2/riesz/log_mean": self.power.log_mean,
+            "gnc2/riesz/cov": self.power.variation,
         }
 
 
@@ -159,7 +182,7 @@ class ClassPairs:
     `nc1/cdnv/mean` of (v_c + v_c') / (2 ||mu_c - mu_c'||^(2p)), without pairs of equal means;
     `gnc2/log_kernel/mean`, `/var`, `/cov` of ln(1 / ||u_c - u_c'||), in nats; `gnc2/distance/mean`, `/cov` of ||u_c - u_c'||;
     `gnc2/riesz/log_mean`: ln of the mean of ||u_c - u_c'||^-s, for the kernel itself leaves the range of floats at the
-    usual s = d - 2. Pairs with a class at the centre have no directions and are left out of the last three.
+    usual s = d - 2; `gnc2/riesz/cov` of the kernel, over all pairs only. Pairs with a class at the centre have no directions and are left out of the last three.
 
     Args:
         means: the classes.
@@ -213,7 +236,7 @@ class ClassPairs:
         every = Averages(self.riesz)
         for one in rounds:
             every.merge(one)
-        return every.values()
+        return {name: value for name, value in every.values().items() if name not in _OF_ALL_PAIRS}
 
     def _within(self, rows: Int[Tensor, "group member"]) -> Kernels:
         """Kernels of all pairs of members of a group."""
