@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict, use_adapter
 
 from uncollapse.errors import ConfigError, DataError
-from uncollapse.integrations import offers
+from uncollapse.integrations import trl_settings
 from uncollapse.integrations.responses import response_columns
 from uncollapse.integrations.rollout_dump import RolloutDump
 from uncollapse.integrations.rounds import (
@@ -49,7 +48,6 @@ from uncollapse.integrations.sampling import SamplingEngine
 from uncollapse.integrations.scorer import Scorer
 from uncollapse.policy.batch import Batch, Clock, Stat, Whose
 from uncollapse.policy.config import resolve
-from uncollapse.policy.config.describe import on_policy_only
 from uncollapse.policy.metrics import rollout_metrics, rollout_stats, useful_rows
 from uncollapse.policy.protocols import OfVocabulary
 from uncollapse.policy.recipe import LossReport, Recipe
@@ -58,18 +56,6 @@ from uncollapse.policy.stats import Logp, Measured
 from uncollapse.token_dump import TokenDump
 
 STATE_FILE = "uncollapse_recipe.pt"
-
-UNCUT: Mapping[str, tuple[float | None, ...]] = {
-    "top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0),
-}  # fmt: skip
-"""Options of sampling, and the values at which the policy itself is sampled, not a distribution made from it."""
-
-OWNED = (
-    "beta", "delta", "epsilon", "epsilon_high", "entropy_coef", "importance_sampling_level", "loss_type",
-    "mask_truncated_completions", "multi_objective_aggregation", "off_policy_mask_threshold", "scale_rewards",
-    "top_entropy_quantile", "use_adaptive_entropy", "use_liger_kernel",
-)  # fmt: skip
-"""Options of `GRPOConfig` that a stage of the recipe decides; anything but their default is refused."""
 
 
 class GRPOTrainer(trl.GRPOTrainer):
@@ -104,9 +90,9 @@ class GRPOTrainer(trl.GRPOTrainer):
         chosen = copy.deepcopy(resolve(recipe))
         sampler = replace(chosen.sampler, samples=args.num_generations, temperature=args.temperature)  # type: ignore[type-var]
         self.recipe = replace(chosen, sampler=sampler)
-        _refuse(args, self.recipe)
+        trl_settings.refuse(args, self.recipe)
         if args.process_index == 0:
-            _warn(args, self.recipe)
+            trl_settings.warn(args, self.recipe)
         reference = any(stat.whose == "ref" for stat in self.recipe.stats("rollout"))
         settings = copy.copy(args)
         # TRL holds a reference model only for its own KL penalty; the recipe's penalty replaces that.
@@ -650,37 +636,3 @@ def _column(stat: Stat) -> str:
 def _of(stats: frozenset[Stat], whose: Whose) -> list[Measured]:
     """The statistics of one policy, in an order that all processes share."""
     return sorted((s for s in stats if isinstance(s, Measured) and s.whose == whose), key=repr)
-
-
-def _refuse(args: trl.GRPOConfig, recipe: Recipe) -> None:
-    """Raise `ConfigError` for what the recipe owns, cannot run on, or needs in vain."""
-    defaults = {field.name: field.default for field in fields(trl.GRPOConfig)}
-    changed = [name for name in OWNED if getattr(args, name) != defaults[name]]
-    if changed:
-        told = ", ".join(f"{name}={getattr(args, name)!r}" for name in changed)
-        raise ConfigError(
-            f"{told}: the recipe {recipe.name!r} decides this; leave the default and change the recipe"
-        )
-    if args.steps_per_generation % args.gradient_accumulation_steps:
-        raise ConfigError(
-            f"steps_per_generation={args.steps_per_generation} must be a multiple of gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps}: a recipe plans over all rows of an optimiser step"
-        )
-    recipe.check("TRL", offers.TRL)
-
-
-def _warn(args: trl.GRPOConfig, recipe: Recipe) -> None:
-    """Warn of settings that are allowed, but under which the recipe is not what it says."""
-    sampling = {name: getattr(args, name) for name in UNCUT} | (args.generation_kwargs or {})
-    cut = [f"{name}={sampling[name]!r}" for name, uncut in UNCUT.items() if sampling[name] not in uncut]
-    wanted = recipe.stats("rollout") | recipe.stats("plan") | recipe.stats("loss")
-    read = sorted({type(stat).__name__ for stat in wanted if not isinstance(stat, Logp)})
-    if cut and read:
-        warnings.warn(
-            f"{', '.join(cut)}: the recipe {recipe.name!r} reads {', '.join(read)} of the whole vocabulary, while answers are "
-            "sampled from another distribution; leave these options at their defaults to sample from the policy itself",
-            stacklevel=3,
-        )
-    if args.steps_per_generation * args.num_iterations > args.gradient_accumulation_steps:
-        for line in on_policy_only(recipe):
-            warnings.warn(f"recipe {recipe.name!r}: {line}", stacklevel=3)
