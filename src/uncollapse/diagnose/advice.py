@@ -149,11 +149,12 @@ def _aepo(facts: Facts) -> Advice:
     )
     return Advice(
         "aepo-arbitrary", "Sample right answers hot or cold until a chosen entropy is reached",
-        f"Holds the entropy that you name ({told}). On our small language model with a target of 1.2 it ended at 0.59 nats with the reward of "
-        "GRPO and six to seven different right answers of eight. In a recipe file: base: aepo-arbitrary, sampler: {tempered-sampler: "
-        f"{{target: {target or 0.5:g}}}}}.",
+        f"Holds the entropy that you name ({told}), where many different answers are right. Our small language model, asked for 0.5 nats on "
+        "such a task, ended at 0.42 with the accuracy of GRPO and seven times its different right answers. In a recipe file: base: "
+        f"aepo-arbitrary, sampler: {{tempered-sampler: {{target: {target or 0.5:g}, share: 0.25, alpha: 0.25}}}}.",
         "aepo-arbitrary", arxiv=("2510.08141",),
-        caution="Samples more answers than it trains on: a step cost half as much again. At the paper's settings it did nothing at our scale.",
+        caution="Where only a third of the answers was right, entropy did not follow the target. Samples more answers than it trains on: a step cost "
+        "half as much again. At the paper's alpha of 1/64 it did nothing at our scale.",
     )  # fmt: skip
 
 
