@@ -56,8 +56,8 @@ class Size:
     seeds: int = 5
     epochs: int = 200
     parts: int = 5
-    windows: int = 64
-    held_out: int = 16
+    windows: int = 128
+    held_out: int = 32
 
 
 QUICK = Size(
