@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from uncollapse.studies.claims import AllOf, Bound, Claim, Op
-from uncollapse.studies.linguistic_collapse.experiment import DIGITS, REAL, measure
+from uncollapse.studies.linguistic_collapse.experiment import DIGITS, REAL, Size, measure
 from uncollapse.studies.linguistic_collapse.ladder import COMPARED, CONTROLLED
+from uncollapse.studies.linguistic_collapse.real_model import TIME
 from uncollapse.studies.study import Measurements, Observation, Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+POSITIONS, HELD_OUT = (Size.parts * windows * (TIME - 1) for windows in (Size.windows, Size.held_out))
+"""Next tokens of SmolLM2's text: for the means, and of other modules for NC4."""
 
 DRAWN = (
     ("ln_cdnv", "ln CDNV (NC1)"),
@@ -168,7 +172,7 @@ STUDY = Study(
         ),
         Observation(
             "real-model",
-            "SmolLM2-135M on all text together: 81,600 positions for the means, 20,400 for NC4; `twice/cdnv` is over classes seen "
+            f"SmolLM2-135M on all text together: {POSITIONS:,} positions for the means, {HELD_OUT:,} for NC4; `twice/cdnv` is over classes seen "
             "twice or more, `above_uniform` the mean log kernel above that of uniform directions.",
             tuple(f"smollm2/{name}" for name in REAL),
         ),

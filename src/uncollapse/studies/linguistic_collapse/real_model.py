@@ -18,7 +18,8 @@ from uncollapse.representation.linguistic_collapse import (
 from uncollapse.studies.testbeds.text import source_bytes
 
 MODEL = "smollm2-135m"
-_TIME = 256
+TIME = 256
+"""Tokens of a window."""
 _CHARACTERS_PER_TOKEN = 8
 """More than there are; the text is cut to the tokens that are wanted."""
 
@@ -37,7 +38,7 @@ def real_model(parts: int, windows: int, held_out: int, *, model: str = MODEL) -
         return {"note": f"not measured: {error}"}
     weight = network.get_output_embeddings().weight.detach()
     permuted = weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))]
-    size = parts * _TIME * _CHARACTERS_PER_TOKEN
+    size = parts * TIME * _CHARACTERS_PER_TOKEN
     texts, others = (
         _stretches(tokenizer, data, parts, count)
         for data, count in zip(
@@ -62,7 +63,7 @@ def _stretches(tokenizer: Any, data: Tensor, parts: int, windows: int) -> list[T
     """Windows of token ids from the start of each of `parts` equal stretches of the bytes."""
     pieces = data.to(torch.uint8).view(parts, -1)
     texts = [bytes(piece.tolist()).decode(errors="replace") for piece in pieces]
-    return [torch.tensor(tokenizer(text)["input_ids"])[: windows * _TIME].view(-1, _TIME) for text in texts]
+    return [torch.tensor(tokenizer(text)["input_ids"])[: windows * TIME].view(-1, TIME) for text in texts]
 
 
 def _described(
