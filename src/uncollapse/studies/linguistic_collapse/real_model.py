@@ -20,6 +20,7 @@ from uncollapse.studies.testbeds.text import source_bytes
 MODEL = "smollm2-135m"
 TIME = 256
 """Tokens of a window."""
+
 _CHARACTERS_PER_TOKEN = 8
 """More than there are; the text is cut to the tokens that are wanted."""
 
