@@ -1,4 +1,4 @@
-"""Make `tiny`: train a character-level causal LM of 1.8 million parameters on our own three tasks.
+"""Make `tiny`: train a character-level causal LM of 1.6 million parameters on our own three tasks.
 
     python -m uncollapse.models.train_tiny --output DIR
 

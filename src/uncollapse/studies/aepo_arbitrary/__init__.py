@@ -248,7 +248,7 @@ STUDY = Study(
         ),
     ),
     limits=(
-        "One bandit, one tabular task and a language model of 1.8 million parameters on two tasks of a few characters. Alpha is "
+        "One bandit, one tabular task and a language model of 1.6 million parameters on two tasks of a few characters. Alpha is "
         "0.05 to 3.2 here and 1/64 in the paper. The paper's benchmark scores are not tested, nor its best target."
     ),
     sources=(
