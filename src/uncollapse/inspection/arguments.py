@@ -32,16 +32,9 @@ def real_tokens(arguments: Mapping[str, Any]) -> Bool[Tensor, "batch token"] | N
     `attention_mask` (transformers) marks real tokens; `src_key_padding_mask` and `key_padding_mask` (torch) mark padding
     with True or -inf. Of cross-attention the mask of the keys says nothing about the queries.
     """
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask.bool()
     if arguments.get("query") is not arguments.get("key"):
-        return None
-    for name in ("src_key_padding_mask", "key_padding_mask"):
-        mask = arguments.get(name)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return mask == 0
-    return None
+        return _real(arguments, "attention_mask")
+    return _real(arguments, "attention_mask", "src_key_padding_mask", "key_padding_mask")
 
 
 def real_decoder_tokens(arguments: Mapping[str, Any]) -> Bool[Tensor, "batch token"] | None:
@@ -49,8 +42,13 @@ def real_decoder_tokens(arguments: Mapping[str, Any]) -> Bool[Tensor, "batch tok
 
     From `decoder_attention_mask` (transformers) or `tgt_key_padding_mask` (torch).
     """
-    mask = arguments.get("decoder_attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask.bool()
-    mask = arguments.get("tgt_key_padding_mask")
-    return mask == 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return _real(arguments, "decoder_attention_mask", "tgt_key_padding_mask")
+
+
+def _real(arguments: Mapping[str, Any], real: str, *padding: str) -> Bool[Tensor, "batch token"] | None:
+    """Real tokens from the mask named `real`, which marks them, or else the first of those that mark padding."""
+    for name in (real, *padding):
+        mask = arguments.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask.bool() if name == real else mask == 0
+    return None

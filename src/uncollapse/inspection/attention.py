@@ -226,9 +226,9 @@ class PaddingMask:
 
 def _decoders(model: nn.Module) -> tuple[str, ...]:
     """Beginnings of the names of modules within a `decoder` that has an `encoder` beside it."""
-    names = dict(model.named_modules())
+    names = {name for name, _ in model.named_modules()}
     parents = (name.removesuffix("decoder") for name in names if name.rpartition(".")[2] == "decoder")
-    return tuple(f"{parent}decoder." for parent in parents if f"{parent}encoder" in names)
+    return tuple(sorted(f"{parent}decoder." for parent in parents if f"{parent}encoder" in names))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -101,8 +102,8 @@ class Exponentials:
         """Take the values of another."""
         if not other.count:
             return
-        self.total = _log_of_sum(self.total, other.total)
-        self.squares = _log_of_sum(self.squares, other.squares)
+        self.total = float(np.logaddexp(self.total, other.total))
+        self.squares = float(np.logaddexp(self.squares, other.squares))
         self.count += other.count
 
     @property
@@ -116,11 +117,6 @@ class Exponentials:
         if not self.count:
             return math.nan
         return math.sqrt(math.expm1(max(self.squares - self.total - self.log_mean, 0.0)))
-
-
-def _log_of_sum(a: float, b: float) -> float:
-    high, low = max(a, b), min(a, b)
-    return high + math.log1p(math.exp(low - high))
 
 
 @dataclass

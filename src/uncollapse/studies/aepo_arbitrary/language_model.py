@@ -25,16 +25,12 @@ from uncollapse.studies.testbeds.training import Curves
 GROUP = 8
 SHARE = 0.25
 """Of the prompts that AEPO answers again: two groups in each optimiser step."""
-EQUAL_GENERATION = 10
+EQUAL_GENERATION = round(GROUP * (1 + SHARE))
 """Answers per prompt with which GRPO generates as much: a quarter more."""
 LAST = 10
 """Rollouts at the end that entropy and reward are averaged over."""
 
-ENDS = {
-    "pass@1": "eval/pass@1",
-    "pass@8": "eval/pass@8",
-    "distinct": "eval/distinct",
-}
+ENDS = ("pass@1", "pass@8", "distinct")
 QUANTITIES = ("entropy", "reward", *ENDS)
 
 
@@ -159,11 +155,10 @@ def train_language_model(made: Recipe, setting: Setting, seed: int, size: Size) 
             probe_every=0,
         )
         log = read(train(chosen))
-    found = {name: log.values(key)[1].tolist() for name, key in ENDS.items()}
     return {
         "entropy": log.values("entropy/token/mean")[1].tolist(),
         "reward": log.values("reward/mean")[1].tolist(),
-        **{name: values[-1:] for name, values in found.items()},
+        **{name: log.values(f"eval/{name}")[1][-1:].tolist() for name in ENDS},
     }
 
 
